@@ -1,0 +1,5 @@
+"""Runs the command line as `python -m rankfold`."""
+
+from rankfold.cli import main
+
+main()

@@ -1,0 +1,7 @@
+"""The mechanism, written once: what a method needs to say itself, and everything the core derives from that."""
+
+from rankfold.core.component import Component
+from rankfold.core.delta import Delta, Site, fill
+from rankfold.core.method import Callback, Dropout, Init, Method, Rank
+
+__all__ = ["Callback", "Component", "Delta", "Dropout", "Init", "Method", "Rank", "Site", "fill"]

@@ -1,0 +1,214 @@
+"""The Delta contract: one layer's trainable change, said as mathematics and nothing else."""
+
+import hashlib
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.core.quantized import dense
+from rankfold.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from rankfold.core.layers import Adapted
+
+
+class Site:
+    """One place a delta can sit: a weight seen as a matrix `W (out, in)`, whatever the layer that holds it.
+
+    | kind      | layer                              | W                                                       |
+    | --------- | ---------------------------------- | ------------------------------------------------------- |
+    | linear    | `nn.Linear`, quantised linears     | `weight`                                                |
+    | conv1d    | Transformers' `Conv1D` (GPT-2)     | `weight.T`                                              |
+    | embedding | `nn.Embedding`                     | `weight.T`: out is the width, in the vocabulary         |
+    | conv      | `nn.Conv1d`, `nn.Conv2d`           | `weight` flattened to (out, in / groups · kernel)       |
+    | experts   | fused expert weights (a 3-D tensor)| (E, out, in): every shape below gets E in front         |
+    | norm      | `nn.LayerNorm` and the like        | none: only its bias can be adapted                      |
+
+    `name` is the layer's path in the model (for experts, with the parameter's name behind it); `batch` is `(E,)` for
+    experts and `()` otherwise; `bias` says whether the layer has one.
+    """
+
+    def __init__(self, name: str, kind: str, shape: tuple[int, ...], bias: bool, dtype: torch.dtype, parameter: str = "weight"):
+        self.name, self.kind, self.bias, self.dtype, self.parameter = name, kind, bias, dtype, parameter
+        *batch, self.out, self.in_ = shape
+        self.batch = tuple(batch)
+        self.layer: Any = None  # the layer itself, set by attach; None where only shapes matter
+
+    @property
+    def count(self) -> int:
+        """How many matrices the site holds: E for experts, else 1."""
+        return self.batch[0] if self.batch else 1
+
+    def parameter_like(self, *shape: int) -> nn.Parameter:
+        """An uninitialised trainable parameter of `(*batch, *shape)` on the layer's device, in `self.dtype`."""
+        return nn.Parameter(self.empty(*shape))
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialised tensor of `(*batch, *shape)`, for frozen state."""
+        return torch.empty(*self.batch, *shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def stored(self) -> Tensor:
+        """The layer's weight as it is stored: its own layout, perhaps quantised."""
+        return self.layer._parameters[self.parameter]
+
+    @property
+    def device(self) -> torch.device | None:
+        return None if self.layer is None else self.stored.device
+
+    def rng(self, seed: int) -> torch.Generator:
+        """A CPU generator that depends on the seed and the site's name alone, not on the other sites."""
+        digest = hashlib.sha256(f"{seed}/{self.name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class Delta(nn.Module):
+    """One layer's trainable change. A subclass says its mathematics in **one** of these ways, on `W (out, in)`:
+
+    - `factors() -> (B (out, r), A (r, in))`: the change is `ΔW = scale · B A`;
+    - `update() -> ΔW (out, in)`;
+    - `transform(W) -> W'`: for a change that depends on the base weight;
+    - none of them but `forward(x, y) -> y'`: for a change that is no matrix, with y the base layer's output.
+
+    beside which it may say
+    - `bias_update(b) -> Δb (out,)`: a change of the layer's bias b (None for a layer without);
+    - `forward(x, y)`, and `inputs(x)`: a cheaper way to compute what `transform` defines. The base then gets
+      `inputs(x)`, and its output y goes through `forward`. The contract test holds both against each other.
+
+    From that the core derives the fused forward, routing by row, merging, export as a plain LoRA and the rest.
+    Everything works on a leading expert dimension if the method writes `@`, `.mT` and negative dimensions.
+
+    Parameters are created uninitialised in `__init__` (with `site.parameter_like`), filled by `start(rng)` when an
+    adapter is new and from the file when it is loaded. `self.W` is the frozen dense weight the delta sits on, for
+    `start` and for methods whose forward needs it.
+    """
+
+    scale: float = 1.0
+    dropout: float = 0.0  # probability; acts on the input of the `factors` product
+    form: ClassVar[str]
+    direct: ClassVar[bool]  # computes its output from x and y itself
+    biased: ClassVar[bool]  # changes the bias
+    B: Any
+    A: Any
+    B0: Any
+    A0: Any
+    folded: Any
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.site = site
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        said = [name for name in ("factors", "update", "transform") if getattr(cls, name) is not getattr(Delta, name)]
+        if len(said) > 1:
+            raise TypeError(f"{cls.__name__} says its change in {len(said)} ways ({', '.join(said)}): say it in one")
+        if said:
+            cls.form = said[0]
+        elif cls.forward is not Delta.forward:
+            cls.form = "function"
+        else:
+            cls.form = "bias"
+        cls.direct = cls.forward is not Delta.forward or cls.inputs is not Delta.inputs
+        cls.biased = cls.bias_update is not Delta.bias_update
+
+    def start(self, rng: torch.Generator) -> None:
+        """Fill the parameters so that the layer computes what it did (or document why not)."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def update(self) -> Tensor:
+        raise NotImplementedError
+
+    def transform(self, W: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def bias_update(self, b: Tensor | None) -> Tensor | None:
+        return None
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    # ---- derived, for the core and for methods that need it
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the change can be written into the weight and the bias."""
+        return self.form != "function"
+
+    @property
+    def W(self) -> Tensor:
+        """The frozen dense base weight (out, in) under this delta; after `fold`, with the offset taken out."""
+        return self.folded if self.is_folded else self.layer.to_matrix(dense(self.site.stored))
+
+    @property
+    def b(self) -> Tensor | None:
+        """The layer's bias (out,), or None."""
+        return self.layer.own_bias
+
+    @property
+    def layer(self) -> "Adapted":
+        return self.site.layer
+
+    @property
+    def is_folded(self) -> bool:
+        return "folded" in self._buffers
+
+    def pair(self, on_base: bool = False) -> tuple[Tensor, Tensor]:
+        """The factors that act on the weight as it stands: `factors()`, and behind them the offset's with a minus sign.
+
+        An offset is a start `scale · B0 A0` that was taken out of the base: the change is `scale · (B A − B0 A0)`, of
+        rank up to 2r. After `fold` the weight already lacks it; `on_base=True` asks for the change to the untouched base.
+        """
+        B, A = self.factors() if self.form == "factors" else self._low_rank()
+        if "A0" not in self._buffers or (self.is_folded and not on_base):
+            return B, A
+        return torch.cat([B, -self.B0.to(B.dtype)], -1), torch.cat([A, self.A0.to(A.dtype)], -2)
+
+    def _low_rank(self) -> tuple[Tensor, Tensor]:
+        """The B (out, r) and A (r, in) inside a `transform` that contains a product of two factors."""
+        return self.B, self.A
+
+    def adapted_weight(self, W: Tensor) -> Tensor:
+        """W' (out, in) for the base weight W, in W's dtype: what merging writes."""
+        match self.form:
+            case "factors":
+                B, A = self.pair(on_base=True)
+                return W + self.scale * (B.to(W.dtype) @ A.to(W.dtype))
+            case "update":
+                return W + self.update().to(W.dtype)
+            case "transform":
+                if self.is_folded:  # then `pair()` leaves the offset out, and so must the weight
+                    W = W - self.scale * (self.B0.to(W.dtype) @ self.A0.to(W.dtype))
+                return self.transform(W)
+            case "bias":
+                return W
+        raise UnsupportedError(f"{type(self).__name__} at {self.site.name} changes the output by a function, not by a ΔW: it cannot be merged or exported as one")
+
+    @property
+    def startable(self) -> bool:
+        """Whether an init can set its start: it has trainable factors called B and A."""
+        return "A" in self._parameters and "B" in self._parameters
+
+    def set_start(self, B: Tensor, A: Tensor, offset: bool) -> None:
+        """Start the product at `B (out, r)`, `A (r, in)`; with `offset`, keep the function by taking that start out again."""
+        with torch.no_grad():
+            self.B.copy_(B)
+            self.A.copy_(A)
+            if offset:
+                self.register_buffer("B0", self.B.detach().clone())
+                self.register_buffer("A0", self.A.detach().clone())
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, rng: torch.Generator, *, bound: float | None = None, std: float | None = None) -> Tensor:
+    """Fill in place from the CPU generator: uniform on ±bound, or normal with the standard deviation."""
+    drawn = torch.empty(tensor.shape, dtype=torch.float32)
+    drawn = drawn.uniform_(-bound, bound, generator=rng) if bound is not None else drawn.normal_(0.0, std or 0.0, generator=rng)
+    return tensor.copy_(drawn)

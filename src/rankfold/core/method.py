@@ -1,0 +1,118 @@
+"""The contracts beside Delta: Method (how a ΔW is parameterised), Init (where it starts), Callback (what happens around a step)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rankfold.core.component import Component
+from rankfold.core.delta import Delta, Site
+
+if TYPE_CHECKING:
+    from rankfold.core.calibration import Calibration, Statistic
+
+Rank = Annotated[int, Field(ge=1, description="rank r of the product B A")]
+Dropout = Annotated[float, Field(ge=0, lt=1, description="probability of dropping an input of the low-rank product")]
+
+
+class Method(Component):
+    """Hyperparameters plus the recipe that builds a delta for one layer. A new method needs three things:
+
+    - `delta(site, shared)`: the Delta of one site, parameters uninitialised;
+    - `count(site)`: how many numbers it trains there (the paper's formula, for one matrix of an expert site);
+    - `refuses(site)`: why a site cannot be adapted, where the mathematics rules it out (default: it can).
+
+    State shared by all layers of an adapter (a random basis, a pool) comes from `shared(sites, seed)`; every delta is
+    handed the same module. Its parameters are trained and stored once; buffers it can make again from the seed are
+    registered with `persistent=False`. `shared_count(sites)` is how many of its numbers are trained.
+    """
+
+    axis: ClassVar[str] = "deltas"
+
+    def delta(self, site: Site, shared: nn.Module | None) -> Delta:
+        raise NotImplementedError
+
+    def count(self, site: Site) -> int:
+        raise NotImplementedError
+
+    def shared(self, sites: Sequence[Site], seed: int) -> nn.Module | None:
+        return None
+
+    def shared_count(self, sites: Sequence[Site]) -> int:
+        return 0
+
+    def refuses(self, site: Site) -> str | None:
+        return None
+
+    def num_parameters(self, sites: Sequence[Site]) -> int:
+        """Trainable numbers of an adapter on these sites, by the card's formula."""
+        return sum(site.count * self.count(site) for site in sites) + self.shared_count(sites)
+
+
+class Init(Component):
+    """Where the factors of a low-rank product start: works on every delta with trainable factors B and A.
+
+    `needs(rank)` states the calibration statistics it reads (see `rankfold.core.calibration`); without any it is
+    computed from the weight alone.
+    """
+
+    axis: ClassVar[str] = "inits"
+
+    def needs(self, rank: int) -> "tuple[Statistic, ...]":
+        return ()
+
+    def ranks(self, sites: Sequence[Site], rank: int, statistics: "Calibration | None") -> dict[str, int]:
+        """Sites, by name, that get another rank than the method's; 0 leaves a site out."""
+        return {}
+
+    def factors(
+        self, site: Site, W: Tensor, rank: int, scale: float, statistics: "Calibration | None", rng: torch.Generator
+    ) -> tuple[Tensor, Tensor, bool]:
+        """`(B0 (out, rank), A0 (rank, in), offset)` for the float32 weight W (out, in) of the site.
+
+        With `offset` true the change starts at zero: the core takes `scale · B0 A0` out again.
+        """
+        raise NotImplementedError
+
+
+class Callback(Component):
+    """What a technique does around an optimiser step. In a bare loop:
+
+        for step, batch in enumerate(loader):
+            loss = model(**batch).loss
+            for callback in callbacks:
+                if (penalty := callback.penalty()) is not None:
+                    loss = loss + penalty
+            loss.backward()
+            for callback in callbacks: callback.before_step(step)
+            optimizer.step()
+            for callback in callbacks: callback.after_step(step)
+            optimizer.zero_grad()
+
+    `on_attach(adapter, model)` comes first, once. The Trainer bridge makes the same calls.
+    """
+
+    axis: ClassVar[str] = "callbacks"
+
+    def on_attach(self, adapter: Any, model: nn.Module) -> None: ...
+
+    def penalty(self) -> Tensor | None:
+        """A scalar to add to the loss, or None."""
+        return None
+
+    def before_step(self, step: int) -> None: ...
+
+    def after_step(self, step: int) -> None: ...
+
+    def parameter_groups(self, adapter: Any, lr: float, weight_decay: float) -> Iterable[dict[str, Any]] | None:
+        """Optimiser parameter groups over the adapter's parameters, or None to leave them to others."""
+        return None
+
+    def on_save(self) -> dict[str, Any]:
+        """State to keep with a checkpoint: tensors and plain JSON values."""
+        return {}
+
+    def on_load(self, state: Mapping[str, Any]) -> None:
+        """Take back what `on_save` gave."""

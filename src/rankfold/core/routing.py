@@ -1,0 +1,147 @@
+"""Which adapter a forward uses: the state one adapted model shares with all its adapted layers."""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfold.errors import RankfoldError
+
+
+class Rows:
+    """One adapter name (or None) for each of the R rows of a batch."""
+
+    def __init__(self, names: Sequence[str | None]):
+        self.names = tuple(names)
+        self.distinct = tuple(dict.fromkeys(self.names))
+        self.index = torch.tensor([self.distinct.index(name) for name in self.names])
+        self._stacks: dict[Any, tuple[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
+
+    def positions(self, x: Tensor, where: str) -> Tensor:
+        """For each entry of x's first dimension, the index into `distinct` of its adapter.
+
+        The first dimension may be a multiple of R: then each row of the batch became several consecutive ones, as
+        with beam search, or when a layer sees (batch · tokens, width).
+        """
+        repeat, rest = divmod(x.shape[0], len(self.names))
+        if rest or not repeat:
+            raise RankfoldError(
+                f"{len(self.names)} adapter names were given, one for each row, but {where} got an input of shape "
+                f"{tuple(x.shape)}: its first dimension must be a multiple of {len(self.names)}"
+            )
+        index = self.index.to(x.device)
+        return index if repeat == 1 else index.repeat_interleave(repeat)
+
+    def apart(self, one: Callable[..., Tensor], choices: Sequence[Any], where: str, *args: Any, **kwargs: Any) -> Tensor:
+        """`one(choice, *args)` for the rows of each distinct adapter, put together again in the batch's order.
+
+        Arguments with as many rows as the first are cut to the group's rows; others go to every group whole.
+        """
+        positions = self.positions(args[0], where)
+        groups = [(positions == i).nonzero().squeeze(-1) for i in range(len(self.distinct))]
+
+        def cut(value: Any, group: Tensor) -> Any:
+            return value[group] if isinstance(value, Tensor) and value.shape[:1] == args[0].shape[:1] else value
+
+        parts = [
+            one(choice, *(cut(v, group) for v in args), **{k: cut(v, group) for k, v in kwargs.items()})
+            for group, choice in zip(groups, choices, strict=True)
+        ]
+        return torch.cat(parts)[torch.argsort(torch.cat(groups))]
+
+    def stacked(self, key: Any, tensors: list[Tensor], make: Any) -> tuple[Tensor, Tensor]:
+        """`make()`, kept while no gradient is recorded and none of the tensors it is made from has changed."""
+        if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):
+            return make()
+        versions = tuple(t._version for t in tensors)
+        kept = self._stacks.get(key)
+        if kept is None or kept[0] != versions:
+            kept = self._stacks[key] = (versions, make())
+        return kept[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rows":
+        return Rows(self.names)
+
+
+Route = str | Rows | None
+
+
+class State:
+    """The adapters of one model and the route its forwards take.
+
+    `route` is plain state that every adapted layer reads: None (the base), a name, or `Rows`. It is written under
+    `lock`, which a forward of the whole model also takes, so that one thread's choice never reaches another thread's
+    forward. Compiled forwards skip the lock (a lock cannot be traced): several threads that share one compiled model
+    must each call it inside `using`.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.adapters: dict[str, Any] = {}
+        self.active: str | None = None
+        self.route: Route = None
+        self.merged: tuple[str, ...] = ()
+        self.lock = threading.RLock()
+        self.originals: dict[str, Any] = {}
+        self.untied = False
+        self.trainable: set[str] = set()
+        self._hooks = [
+            model.register_forward_pre_hook(self._enter, prepend=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.lock.acquire()
+
+    def _leave(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.lock.release()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def check(self, name: str) -> str:
+        if name not in self.adapters:
+            there = ", ".join(map(repr, self.adapters)) or "none"
+            raise RankfoldError(f"no adapter is called {name!r}; attached are: {there}")
+        return name
+
+    def resolve(self, choice: str | Sequence[str | None] | None) -> Route:
+        """The route of a choice; a merged adapter is in the base already, so it counts as None."""
+        if choice is None or isinstance(choice, str):
+            return None if choice is None or self.check(choice) in self.merged else choice
+        names = [None if name is None or self.check(name) in self.merged else name for name in choice]
+        if not names:
+            raise RankfoldError("an empty list of adapter names: give one name (or None) for each row of the batch")
+        return names[0] if len(set(names)) == 1 else Rows(names)
+
+    def activate(self, name: str | None) -> None:
+        with self.lock:
+            self.route = self.resolve(name)
+            self.active = name
+
+    @contextmanager
+    def using(self, choice: str | Sequence[str | None] | None) -> Iterator[None]:
+        with self.lock:
+            before, self.route = self.route, self.resolve(choice)
+            try:
+                yield
+            finally:
+                self.route = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "State":
+        new = memo[id(self)] = State.__new__(State)
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new

@@ -1,0 +1,101 @@
+"""Which submodules an adapter sits on: words, suffixes, regular expressions, callables."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from rankfold.core.delta import Site
+from rankfold.core.layers import Adapted, AdaptedConv1D, AdaptedLinear, kind_of
+from rankfold.errors import RankfoldError
+
+Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
+WORDS = ("all-linear", "attention", "mlp", "biases")
+_HEADS = {"lm_head", "embed_out", "head", "classifier", "score", "qa_outputs", "output_projection"}
+_ATTENTION = re.compile(r"(^|[._])(self_?attn|attn|attention|selfattention|encdecattention|crossattention)([._]|$)", re.IGNORECASE)
+
+
+class Target:
+    """One matched site: `site` with its layer, and the mixin that adapts it."""
+
+    def __init__(self, site: Site, mixin: type[Adapted], path: str, layer: nn.Module):
+        self.site, self.mixin, self.path, self.layer = site, mixin, path, layer
+        site.layer = layer
+
+
+def find(model: nn.Module, targets: Targets) -> list[Target]:
+    """The sites of the model that `targets` names, in model order, each layer once however often it is shared.
+
+    - `"all-linear"`: every linear layer but the output head; `"attention"`, `"mlp"`: those inside attention, and the
+      others inside the repeated blocks; `"biases"`: everything that has a bias;
+    - another string: a regular expression for the whole path; a list: path suffixes (`"q_proj"`, `"0.mlp.down_proj"`);
+    - a callable `(path, module) -> bool`.
+
+    Fused expert weights (3-D parameters) are sites of their own (`...experts.gate_up_proj`) that are matched by name,
+    not by the words. Raises RankfoldError where nothing matches, and lists what there is.
+    """
+    everything = [(name, module) for name, module in model.named_modules() if not _inside_adapter(name)]
+    chosen: list[Target] = []
+    unsupported: list[str] = []
+    matches = _matcher(model, targets)
+    for name, module in everything:
+        mixin = kind_of(module)
+        if mixin is None:
+            if name and not callable(targets) and matches(name, module):
+                unsupported.append(f"{name} ({type(module).__name__})")
+            continue
+        for site in mixin.sites(name, module):
+            if matches(site.name, module):
+                chosen.append(Target(site, mixin, name, module))
+    if not chosen:
+        leaves = sorted({name.rsplit(".", 1)[-1] for name, module in everything if name and kind_of(module) is not None})
+        what = f"; it matches only {', '.join(unsupported[:5])}, which no delta can sit on" if unsupported else ""
+        raise RankfoldError(
+            f"targets={targets!r} matches no layer of {type(model).__name__} that can be adapted{what}. "
+            f"There are layers called {', '.join(leaves) or 'nothing that can be adapted'}; words: {', '.join(WORDS)}"
+        )
+    return chosen
+
+
+def _inside_adapter(name: str) -> bool:
+    return any(part == "deltas" or part.startswith("deltas_") for part in name.split("."))
+
+
+def _matcher(model: nn.Module, targets: Targets) -> Callable[[str, nn.Module], bool]:
+    if callable(targets):
+        return targets
+    if isinstance(targets, str):
+        if targets == "biases":
+            return lambda name, module: getattr(module, "bias", None) is not None
+        if targets in WORDS:
+            linear = all_linear(model)
+            if targets == "attention":
+                linear = {name for name in linear if _ATTENTION.search(name)}
+            elif targets == "mlp":
+                linear = {name for name in linear if not _ATTENTION.search(name) and re.search(r"(^|\.)\d+\.", name)}
+            return lambda name, module: name in linear
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise RankfoldError(f"targets={targets!r} is neither one of {', '.join(WORDS)} nor a regular expression: {error}") from None
+        return lambda name, module: pattern.fullmatch(name) is not None
+    suffixes = list(targets)
+    if not suffixes or not all(isinstance(suffix, str) for suffix in suffixes):
+        raise RankfoldError(f"targets={targets!r}: give a word, a regular expression, a callable or a list of name suffixes")
+    return lambda name, module: any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
+
+
+def all_linear(model: Any) -> set[str]:
+    """Paths of all linear layers but the output head (the layers outside a Transformers model's base model)."""
+    backbone = getattr(model, "base_model", model)
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inside = {id(module) for module in backbone.modules()} if backbone is not model else None
+    return {
+        name
+        for name, module in model.named_modules()
+        if kind_of(module) in (AdaptedLinear, AdaptedConv1D)
+        and module is not output
+        and not _inside_adapter(name)
+        and (id(module) in inside if inside is not None else name.rsplit(".", 1)[-1] not in _HEADS)
+    }

@@ -1,0 +1,1 @@
+"""How the update ΔW is parameterised: one file a method."""

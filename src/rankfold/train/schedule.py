@@ -1,0 +1,82 @@
+"""Budgets and learning-rate schedules: how far a run has come, and the rate that belongs there."""
+
+import math
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import transformers
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from rankfold.errors import RankfoldError
+from rankfold.train.recipe import Budget, Schedule
+
+
+@dataclass
+class Progress:
+    """How much of a budget is used. `steps` is the number of optimiser steps after which it ends at the latest,
+    or None where only time or tokens end it."""
+
+    budget: Budget
+    steps: int | None
+    step: int = 0
+    tokens: int = 0
+    _before: float = 0.0  # seconds used by the run's earlier processes
+    _started: float = field(default_factory=monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time in training, over all processes of a resumed run."""
+        return self._before + monotonic() - self._started
+
+    @property
+    def share(self) -> float:
+        """The used share of whatever part of the budget is nearest its end, from 0 to 1."""
+        shares = [0.0]
+        if self.steps is not None:
+            shares.append(self.step / self.steps)
+        if self.budget.tokens is not None:
+            shares.append(self.tokens / self.budget.tokens)
+        if self.budget.minutes is not None:
+            shares.append(self.seconds / (60 * self.budget.minutes))
+        return min(1.0, max(shares))
+
+    def state(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "tokens": self.tokens}
+
+    def resume(self, state: dict[str, float]) -> None:
+        self._before, self._started = float(state["seconds"]), monotonic()
+        self.tokens = int(state["tokens"])
+
+
+def total_steps(budget: Budget, steps_per_epoch: int) -> int | None:
+    """Optimiser steps that `budget.steps` and `budget.epochs` allow; None where neither is given."""
+    limits = [] if budget.steps is None else [budget.steps]
+    if budget.epochs is not None:
+        limits.append(max(1, math.ceil(budget.epochs * steps_per_epoch)))
+    return min(limits, default=None)
+
+
+def make_schedule(schedule: Schedule, optimizer: Optimizer, progress: Progress) -> LambdaLR:
+    """The schedule of transformers called `schedule.name`, run over the budget.
+
+    Where steps alone end the run the rate is a function of the step, as always. Where time or tokens may end it
+    first, the schedule is walked by the used share of the budget, so that a decay still reaches its end.
+    """
+    by_steps = progress.steps is not None and progress.budget.minutes is None and progress.budget.tokens is None
+    total = progress.steps if by_steps and progress.steps is not None else 10_000
+    warmup = schedule.warmup * total if schedule.warmup < 1 else schedule.warmup
+    if not by_steps and schedule.warmup >= 1:
+        raise RankfoldError("schedule.warmup: a number of steps needs a budget in steps or epochs alone; give a share below 1")
+    try:
+        made = transformers.get_scheduler(schedule.name, optimizer, num_warmup_steps=round(warmup), num_training_steps=total)
+    except (ValueError, TypeError) as error:
+        names = ", ".join(kind.value for kind in transformers.SchedulerType)
+        raise RankfoldError(f"schedule.name: cannot use {schedule.name!r} ({error}); there are: {names}") from None
+    if not isinstance(made, LambdaLR):  # reduce_lr_on_plateau and the like follow a metric, not the budget
+        raise RankfoldError(f"schedule.name: {schedule.name} does not follow the budget; use linear, cosine, constant, ...")
+    if by_steps:
+        return made
+    shapes: list[Any] = made.lr_lambdas
+    return LambdaLR(optimizer, [lambda _, shape=shape: shape(int(progress.share * total)) for shape in shapes])
