@@ -223,7 +223,7 @@ def build_adapter(
     if state is not None and name in state.adapters:
         raise RankfoldError(f"an adapter called {name!r} is attached already (attached are: {', '.join(state.adapters)}); choose another name or detach it")
     for target in matched:
-        refusal = _refusal(methods[target.site.name], target.site)
+        refusal = methods[target.site.name].refusal(target.site)
         if refusal:
             raise UnsupportedError(f"{methods[target.site.name].slug} cannot adapt {target.site.name} ({target.site.out}×{target.site.in_}, {target.site.kind}): {refusal}")
         if dtype is not None:
@@ -279,7 +279,9 @@ def _make_deltas(adapter: Adapter, matched: list[Target], methods: Mapping[str, 
     if adapter.shared is not None:
         adapter.shared.to(sites[0].device)
     for site in sites:
-        adapter.deltas[site.name] = methods[site.name].delta(site, adapter.shared)
+        delta = adapter.deltas[site.name] = methods[site.name].delta(site, adapter.shared)
+        if site.kind == "experts" and delta.form == "function":
+            raise UnsupportedError(f"{adapter.method.slug} changes a layer's output by a function, and the fused experts of {site.name} take a ΔW only")
 
 
 def _override(method: Method, sites: list[Site], overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
@@ -314,13 +316,6 @@ def _with_rank(method: Method, rank: int) -> Method:
         ratio = rank / method.rank  # type: ignore[attr-defined]
         changes["alpha"] = method.alpha * (ratio**0.5 if getattr(method, "rslora", False) else ratio)  # type: ignore[attr-defined]
     return build(method.slug, **{**_values(method), **changes})
-
-
-def _refusal(method: Method, site: Site) -> str | None:
-    refusal = method.refuses(site)
-    if refusal is None and site.kind == "norm" and not getattr(method, "bias_only", False):
-        return "a normalisation has no weight matrix"
-    return refusal
 
 
 def _statistics(model: nn.Module, needs: Sequence[Statistic], matched: list[Target], calibration: Any, slug: str) -> Calibration | None:

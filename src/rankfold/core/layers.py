@@ -19,7 +19,7 @@ from rankfold.core.delta import Delta, Site
 from rankfold.core.lowrank import add_lowrank, add_lowrank_rows, lowrank_linear
 from rankfold.core.quantized import is_plain
 from rankfold.core.routing import Rows, State
-from rankfold.errors import UnsupportedError
+from rankfold.errors import RankfoldError, UnsupportedError
 
 
 class Deltas(nn.Module):
@@ -367,7 +367,14 @@ class FullCopy(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.module = copy.deepcopy(module).requires_grad_(True)
+        if adapted := [path for path, child in module.named_modules() if path and isinstance(child, Adapted)]:
+            raise RankfoldError(f"a module whose part {adapted[0]} carries a delta cannot be trained in full too: detach that adapter first")
+        plain = module
+        if isinstance(module, Adapted):  # another adapter's copy stands beside it, and must not be copied along
+            plain = module._plain.__new__(module._plain)
+            plain.__dict__.update(module.__dict__, _modules={k: m for k, m in module._modules.items() if not isinstance(m, Deltas)})  # type: ignore[attr-defined]
+            del plain.__dict__["_rankfold"]
+        self.module = copy.deepcopy(plain).requires_grad_(True)
         for parameter in self.module.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()

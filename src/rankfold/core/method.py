@@ -30,6 +30,7 @@ class Method(Component):
     """
 
     axis: ClassVar[str] = "deltas"
+    bias_only: ClassVar[bool] = False  # changes nothing but biases, so it can sit on layers without a weight matrix
 
     def delta(self, site: Site, shared: nn.Module | None) -> Delta:
         raise NotImplementedError
@@ -45,6 +46,12 @@ class Method(Component):
 
     def refuses(self, site: Site) -> str | None:
         return None
+
+    def refusal(self, site: Site) -> str | None:
+        """Why this method cannot sit on the site, for its own reasons or the layer's; None if it can."""
+        if site.kind == "norm" and not self.bias_only:
+            return "a normalisation has no weight matrix"
+        return self.refuses(site)
 
     def num_parameters(self, sites: Sequence[Site]) -> int:
         """Trainable numbers of an adapter on these sites, by the card's formula."""

@@ -43,11 +43,11 @@ class Progress:
         return min(1.0, max(shares))
 
     def state(self) -> dict[str, float]:
-        return {"seconds": self.seconds, "tokens": self.tokens}
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
 
     def resume(self, state: dict[str, float]) -> None:
+        self.step, self.tokens = int(state["step"]), int(state["tokens"])
         self._before, self._started = float(state["seconds"]), monotonic()
-        self.tokens = int(state["tokens"])
 
 
 def total_steps(budget: Budget, steps_per_epoch: int) -> int | None:

@@ -1,0 +1,95 @@
+"""Any method with a ΔW, as a plain LoRA."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.core.adapter import Adapter, build_adapter, state_of
+from rankfold.core.delta import Delta
+from rankfold.core.layers import kind_of
+from rankfold.core.linalg import truncate
+from rankfold.core.targets import Target
+from rankfold.errors import RankfoldError, UnsupportedError
+
+
+def as_lora(
+    model: nn.Module, name: str | None = None, rank: int | None = None, *, new_name: str | None = None
+) -> tuple[Adapter, dict[str, float]]:
+    """A plain LoRA that does what an attached adapter does, put beside it (inactive) as `new_name` or `"<name>-lora"`.
+
+    With `rank=None` every layer gets the rank its ΔW has, so the result is exact up to rounding; otherwise the best
+    approximation of at most that rank. A LoRA holds no bias change: what a method adds to a bias is lost and counted.
+
+    Returns the adapter and the relative error of each site, `‖[ΔW Δb] − [s B A, 0]‖_F / ‖[ΔW Δb]‖_F` (0 where there is
+    no change). Raises UnsupportedError for a method without a ΔW.
+    """
+    from rankfold.deltas.lora import LoRA
+
+    state = state_of(model)
+    name = state.active if name is None else state.check(name)
+    if name is None:
+        raise RankfoldError(f"no adapter is active: name one of {', '.join(state.adapters)}")
+    if rank is not None and rank < 1:
+        raise RankfoldError(f"rank must be at least 1, not {rank}")
+    adapter = state.adapters[name]
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    report: dict[str, float] = {}
+    for site_name, delta in adapter.deltas.items():
+        if delta.form in ("function", "bias"):
+            what = "only biases" if delta.form == "bias" else "the output by a function"
+            raise UnsupportedError(f"{adapter.method.slug} has no ΔW to turn into a LoRA: it changes {what} (at {site_name})")
+        B, A, report[site_name] = _product(delta, rank)
+        pairs[site_name] = (B, A)
+
+    methods = {site: LoRA(rank=A.shape[-2], alpha=A.shape[-2]) for site, (_, A) in pairs.items()}
+    widest = max(methods.values(), key=lambda method: method.rank)
+
+    def fill(lora: Adapter) -> None:
+        for site_name, delta in lora.deltas.items():
+            delta.set_start(*pairs[site_name], offset=False)
+        for path, copied in lora.modules.items():
+            copied.load_state_dict(adapter.modules[path].state_dict())
+
+    matched = []
+    for site_name, delta in adapter.deltas.items():
+        path = site_name.removesuffix(f".{delta.site.parameter}") if delta.site.kind == "experts" else site_name
+        layer: Any = delta.layer
+        mixin: Any = kind_of(layer)
+        site = next(site for site in mixin.sites(path, layer) if site.name == site_name)
+        matched.append(Target(site, mixin, path, layer))
+    new = build_adapter(
+        model, matched, widest, methods, new_name or f"{name}-lora", fill,
+        init=None, seed=adapter.seed, targets=list(pairs), modules_to_save=list(adapter.modules), active=False,
+    )  # fmt: skip
+    return new, report
+
+
+@torch.no_grad()
+def _product(delta: Delta, rank: int | None) -> tuple[Tensor, Tensor, float]:
+    """B (out, r), A (r, in) with ΔW ≈ B A, and the relative error."""
+    W = delta.W
+    W = W if W.dtype == torch.float64 else W.float()
+    largest = min(W.shape[-2:])
+    if delta.form == "factors":
+        B, A = (factor.to(W.dtype) for factor in delta.pair(on_base=True))
+        B = B * delta.scale
+        total = float(((B.mT @ B) * (A @ A.mT)).sum())  # ‖B A‖², without forming the product
+        keep = min(B.shape[-1], largest if rank is None else min(rank, largest))
+        lost = 0.0
+        if keep < B.shape[-1]:
+            B, A, error = truncate(B, A, keep)
+            lost = float(error) ** 2 * total
+    else:
+        if delta.is_folded:
+            W = W + delta.scale * (delta.B0 @ delta.A0).to(W.dtype)
+        U, sigma, Vh = torch.linalg.svd(delta.adapted_weight(W) - W, full_matrices=False)
+        energy = sigma.square()
+        noise = sigma.amax() * largest * torch.finfo(sigma.dtype).eps
+        keep = max(1, int((sigma > noise).sum(-1).max())) if rank is None else min(rank, largest)
+        total, lost = float(energy.sum()), float(energy[..., keep:].sum())
+        root = sigma[..., :keep].sqrt()
+        B, A = U[..., :keep] * root[..., None, :], root[..., :, None] * Vh[..., :keep, :]
+    change = delta.bias_update(delta.b) if delta.biased else None
+    bias = 0.0 if change is None else float(change.square().sum())
+    return B, A, ((lost + bias) / (total + bias)) ** 0.5 if total + bias > 0 else 0.0

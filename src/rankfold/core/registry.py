@@ -1,0 +1,57 @@
+"""The registry as users see it: every component, and for methods what each can do."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from rankfold.core.component import components
+from rankfold.core.delta import Site
+from rankfold.core.method import Method
+
+KINDS = ("linear", "conv1d", "embedding", "conv", "experts", "norm")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered component. `supports` is filled for methods: capability → True, or the reason why not."""
+
+    slug: str
+    axis: str
+    title: str
+    source: str
+    hyperparameters: dict[str, Any]
+    supports: dict[str, bool | str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def methods() -> list[Entry]:
+    """Every registered component of every axis, by axis and slug."""
+    entries = []
+    for cls in components():
+        hyperparameters = {name: info.default for name, info in cls.model_fields.items()}
+        supports = _supports(cls()) if issubclass(cls, Method) else {}
+        entries.append(Entry(cls.slug, cls.axis, cls.title, cls.source, hyperparameters, supports))
+    return entries
+
+
+def example_site(kind: str) -> Site:
+    """A small site of a kind, with shapes only."""
+    shape = {"experts": (4, 64, 64), "norm": (64, 0), "conv": (64, 64 * 9)}.get(kind, (64, 64))
+    return Site("example", kind, shape, kind in ("linear", "conv1d", "conv", "norm"), torch.float32)
+
+
+def _supports(method: Method) -> dict[str, bool | str]:
+    supports: dict[str, bool | str] = {kind: method.refusal(example_site(kind)) or True for kind in KINDS}
+    site = example_site("linear")
+    delta = method.delta(site, method.shared([site], 0))
+    function = "its change is a function of the output, not a ΔW"
+    if delta.form == "function":
+        supports["experts"] = function
+    biases = "it changes biases only"
+    supports["merge"] = function if delta.form == "function" else True
+    supports["as-lora"] = {"function": function, "bias": biases}.get(delta.form, True)
+    supports["inits"] = True if delta.startable else "it does not train the two factors of a product"
+    return supports

@@ -1,0 +1,169 @@
+"""The report of a run: what was trained, by how much it helped, and what it says now."""
+
+import html
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rankfold
+from rankfold.core.files import write_whole
+from rankfold.train.plot import loss_curve
+from rankfold.train.recipe import Recipe
+from rankfold.train.recipe_file import write_recipe
+from rankfold.train.samples import Answer
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of a finished run, as `report.json` holds them. `before` and `after` are held-out scores: the base
+    model's, and the adapted model's after the last step. Times in seconds, memory in bytes."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+    steps: int
+    tokens: int
+    seconds: float
+    parameters: int
+    model_parameters: int
+    train_rows: int
+    held_out_rows: int
+    dropped_rows: int
+    peak_memory: dict[str, int]
+    seed: int
+    versions: dict[str, str]
+    device: str
+    processes: int
+    finished: str
+    samples: list[Answer]
+
+
+def peak_memory() -> dict[str, int]:
+    """The most memory this process has used: `process` (resident), and `accelerator` where there is one."""
+    if sys.platform == "win32":
+        import psutil
+
+        peak = {"process": psutil.Process().memory_info().peak_wset}
+    else:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["accelerator"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run depends on."""
+    found = {"python": platform.python_version(), "rankfold": rankfold.__version__}
+    for name in ("torch", "transformers", "accelerate", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # built from source without metadata
+            continue
+    return found
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_report(folder: Path, recipe: Recipe, report: Report, metrics: Sequence[dict[str, Any]]) -> None:
+    """Write `report.json`, `loss.png` and `report.md` to `folder`, each whole or not at all."""
+    write_whole(folder / "report.json", json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "loss.png", loss_curve(metrics, _title(recipe)))
+    write_whole(folder / "report.md", markdown(recipe, report))
+
+
+def read_report(folder: Path) -> Report | None:
+    """The report of the run in `folder`; None while it is not finished."""
+    path = folder / "report.json"
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Report(**{**values, "samples": [Answer(**sample) for sample in values["samples"]]})
+
+
+def _title(recipe: Recipe) -> str:
+    model = Path(recipe.model.path.removeprefix("package:").removeprefix("cache:")).name
+    return f"{recipe.method.name} on {model}"
+
+
+def markdown(recipe: Recipe, report: Report) -> str:
+    """The report as GitHub-flavoured Markdown."""
+    before, after = report.before, report.after
+    change = after["loss"] - before["loss"]
+    rows = [
+        ("Held-out loss", f"{before['loss']:.4f}", f"{after['loss']:.4f}", f"{change:+.4f}"),
+    ]
+    if "perplexity" in after:
+        ratio = after["perplexity"] / before["perplexity"] - 1
+        rows.append(("Perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}", f"{ratio:+.1%}"))
+    if "accuracy" in after:
+        points = 100 * (after["accuracy"] - before["accuracy"])
+        rows.append(("Accuracy", f"{before['accuracy']:.1%}", f"{after['accuracy']:.1%}", f"{points:+.1f} points"))
+    unit = "rows" if "accuracy" in after else "tokens"
+    share = report.parameters / report.model_parameters
+    facts = [
+        ("Model", f"`{recipe.model.path}` ({report.model_parameters:,} parameters, {recipe.model.dtype})"),
+        ("Method", f"`{json.dumps(recipe.method.model_dump(), ensure_ascii=False)}`"),
+        ("Trained", f"{report.parameters:,} parameters ({share:.3%} of the model)"),
+        ("Data", f"`{recipe.data.path}`: {report.train_rows:,} rows to train on, {report.held_out_rows:,} held out"),
+        ("Training", f"{report.steps:,} steps, {report.tokens:,} tokens, {_duration(report.seconds)}"),
+        ("Peak memory", ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in report.peak_memory.items())),
+        ("Device", f"{report.device}, {report.processes} process{'es' * (report.processes > 1)}"),
+        ("Seed", str(report.seed)),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in report.versions.items())),
+        ("Finished", report.finished),
+    ]
+    if report.tokens == 0:
+        facts[4] = ("Training", f"{report.steps:,} steps, {_duration(report.seconds)}")
+    if report.dropped_rows:
+        facts[3] = (facts[3][0], f"{facts[3][1]}, {report.dropped_rows:,} left out (no answer within `data.max_length`)")
+    parts = [
+        f"# {_title(recipe)}",
+        _table(("Held out", "Before", "After", "Change"), rows),
+        f"Measured on {int(after['count']):,} held-out {unit} that were never trained on. *Before* is the base model.",
+        "![Training and held-out loss](loss.png)",
+        _table(("", ""), facts),
+    ]
+    if report.samples:
+        shown = [
+            (str(i), *(_cell(text) for text in (s.prompt, s.answer, s.before, s.after)))
+            for i, s in enumerate(report.samples, 1)
+        ]
+        parts += [
+            "## Samples",
+            "Held-out rows, answered greedily by the base model (before) and with the adapter (after).",
+            _table(("#", "Prompt", "Answer in the data", "Before", "After"), shown),
+        ]
+    parts += ["## Recipe", f"```yaml\n{write_recipe(recipe)}```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str, limit: int = 600) -> str:
+    """Any text as the inside of a Markdown table cell."""
+    text = text.strip() if len(text) <= limit else text[:limit].strip() + " …"
+    text = html.escape(text, quote=False)
+    for sign in "\\`*_[]#$~|":
+        text = text.replace(sign, f"&#{ord(sign)};")
+    return "<br>".join(text.splitlines()) or "*(nothing)*"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

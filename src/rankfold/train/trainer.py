@@ -1,0 +1,262 @@
+"""The bridge to `transformers.Trainer`: everything Rankfold adds to training happens in this file."""
+
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+import rankfold
+from rankfold.errors import RankfoldError
+from rankfold.train.evaluate import Score, evaluate
+from rankfold.train.recipe import Task
+
+ADAPTER = "adapter"  # the folder of a checkpoint that holds the adapter's files
+STATE = "rankfold.pt"  # what Rankfold's own parts need to go on: callbacks and progress
+
+
+class TrainingStopped(RankfoldError):
+    """Training cannot go on; the message says why, and where the last good state is."""
+
+
+class AdapterTrainer(transformers.Trainer):
+    """A `transformers.Trainer` for one adapter of a model (`rankfold.attach` it first).
+
+    Everything of Trainer works as it does: Accelerate (mixed precision, gradient accumulation, DDP and FSDP through
+    `accelerate launch`), its callbacks, its trackers. What differs:
+
+    - only the adapter's parameters are optimised, in the groups that a technique asks for;
+    - `techniques` (Rankfold callbacks) are called around each step, and their penalties are added to the loss;
+    - a checkpoint holds the adapter's files and the state to go on from, not the model. It appears whole or not at
+      all, and `train(resume_from_checkpoint=...)` continues to the same weights as a run that never stopped;
+    - a loss or gradient that is not finite stops the run before it reaches the weights, and so does an adapter that
+      gets no gradient at all at the first step;
+    - `evaluate` gives the mean over all held-out tokens (rows, for classes), however they are batched.
+
+    Args:
+        adapter: what `rankfold.attach` gave.
+        task: what the labels mean.
+        techniques: Rankfold callbacks, as `rankfold.build("lora-plus", ratio=16)`.
+        schedule: makes the learning-rate schedule from the optimiser; Trainer's own without it.
+        state: parts with `state()` and `resume(state)` whose values are kept in a checkpoint, by name.
+        others: as `transformers.Trainer` takes them.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        adapter: rankfold.Adapter,
+        task: Task = "causal-lm",
+        techniques: Sequence[Any] = (),
+        schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+        state: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.adapter, self.task, self.techniques = adapter, task, tuple(techniques)
+        self._schedule, self._resumable = schedule, state or {}
+        self.args.logging_nan_inf_filter = False  # it would hide what `training_step` stops at
+        for technique in self.techniques:
+            technique.on_attach(adapter, self.model)
+        self.add_callback(_AroundStep(self))
+
+    # ---- optimiser and schedule
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(self.adapter, self.techniques, self.args.learning_rate, self.args.weight_decay)
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self._schedule is not None and self.lr_scheduler is None:
+            self.lr_scheduler = self._schedule(optimizer or self.optimizer)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- one step
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        penalties = [p for technique in self.techniques if (p := technique.penalty()) is not None] if model.training else []
+        if penalties:
+            # A loss that is a mean over the whole accumulated batch is not divided by the number of its parts any
+            # more; the penalty, which comes with every part, still has to be.
+            divided_already = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            parts = self.current_gradient_accumulation_steps if divided_already else 1
+            loss = loss + torch.stack([p.to(loss.dtype) for p in penalties]).sum() / parts
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        finite = torch.isfinite(loss)
+        if self.args.world_size > 1:  # all processes have to agree, since saving takes all of them
+            finite = self.accelerator.reduce(finite.float(), "mean") == 1
+        if not finite:
+            self._stop_diverged(f"the loss became {float(loss)}")
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None  # fp16's loss scale probes for overflow and skips such steps
+        if norm is not None and not scaled and not math.isfinite(float(norm)):
+            self._stop_diverged(f"the gradient's norm became {float(norm)}")
+        return norm
+
+    def _stop_diverged(self, what: str) -> None:
+        self._save_checkpoint(self.model, None)  # the weights are those after the last good step
+        raise TrainingStopped(
+            f"{what} at step {self.state.global_step + 1}. The weights before that step are in "
+            f"{self._checkpoint_dir() / ADAPTER}. A lower optimizer.lr, a warmup, or precision float32 usually helps"
+        )
+
+    # ---- measuring
+
+    def measure(self) -> Score:
+        """The score on the held-out rows, exact also where several processes share the work."""
+        rows, world, rank = self.eval_dataset, self.args.world_size, self.args.process_index
+        model = self.model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # every process takes part in every forward pass
+            world, rank, model = 1, 0, self.model_wrapped
+        batches = DataLoader(
+            Subset(rows, range(rank, len(rows), world)),  # type: ignore[arg-type]
+            self.args.per_device_eval_batch_size,
+            collate_fn=self.data_collator,
+            generator=torch.Generator(),  # a loader draws a seed; from the global one, measuring would change training
+        )
+
+        def add_up(sums: Tensor) -> Tensor:
+            if world == 1:
+                return sums
+            return self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+
+        def tick() -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        self.callback_handler.eval_dataloader = batches
+        with self.accelerator.autocast():
+            return evaluate(model, batches, self.task, reduce=add_up, on_batch=tick)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Held-out figures as Trainer logs them. At step 0 they are the base model's, with the adapter off."""
+        base = rankfold.using(self.model, None) if self.state.global_step == 0 else contextlib.nullcontext()
+        with base:
+            score = self.measure()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in score.as_dict().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints
+
+    def _checkpoint_dir(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        final = self._checkpoint_dir()
+        partial = final.with_name(f".partial-{final.name}")
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            rankfold.save(self.model, partial / ADAPTER, name=self.adapter.name)
+            parts = {name: part.state() for name, part in self._resumable.items()}
+            torch.save({"techniques": [t.on_save() for t in self.techniques], "parts": parts}, partial / STATE)
+        self._save_optimizer_and_scheduler(str(partial))
+        self._save_scaler(str(partial))
+        self._save_rng_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(partial / "trainer_state.json"))
+            _make_durable(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        state = torch.load(folder / STATE, weights_only=True)
+        for technique, saved in zip(self.techniques, state["techniques"], strict=True):
+            technique.on_load(saved)
+        for name, part in self._resumable.items():
+            part.resume(state["parts"][name])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter (not the base model) to `output_dir`."""
+        if self.args.should_save:
+            rankfold.save(self.model, output_dir or self.args.output_dir, name=self.adapter.name)
+
+
+class _AroundStep(TrainerCallback):
+    """Calls the techniques around `optimizer.step()`, and looks once for an adapter without any gradient."""
+
+    def __init__(self, trainer: AdapterTrainer):
+        self.trainer = trainer
+        self.checked = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.checked:
+            self.checked = True
+            check_alive(self.trainer.adapter)
+        for technique in self.trainer.techniques:
+            technique.before_step(state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            for technique in self.trainer.techniques:
+                technique.after_step(state.global_step)
+
+
+def check_alive(adapter: rankfold.Adapter) -> None:
+    """Raise TrainingStopped if, after a backward pass, not one gradient of the adapter differs from zero."""
+    if not any(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters()):
+        raise TrainingStopped(
+            f"adapter {adapter.name!r} is dead: the gradient of each of its {adapter.num_parameters():,} parameters is "
+            "exactly zero, so it can never train. Is it active, do its targets lie on the path from inputs to loss, "
+            "and does any label carry loss?"
+        )
+
+
+def parameter_groups(
+    adapter: rankfold.Adapter, techniques: Sequence[Any], lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """The adapter's parameters as optimiser groups: a technique's, if one asks for its own, else one group.
+
+    Raises RankfoldError where two techniques ask, or where the groups do not hold each parameter once.
+    """
+    asked = [(t, list(groups)) for t in techniques if (groups := t.parameter_groups(adapter, lr, weight_decay)) is not None]
+    if len(asked) > 1:
+        slugs = " and ".join(t.slug for t, _ in asked)
+        raise RankfoldError(f"callbacks: {slugs} both set the optimiser's parameter groups; keep one")
+    own = [p for p in adapter.parameters() if p.requires_grad]
+    groups = asked[0][1] if asked else [{"params": own, "lr": lr, "weight_decay": weight_decay}]
+    grouped = [id(p) for group in groups for p in group["params"]]
+    if sorted(grouped) != sorted(map(id, own)):
+        raise RankfoldError(f"callbacks: the parameter groups of {asked[0][0].slug} do not hold each parameter once")
+    return groups
+
+
+def _make_durable(folder: Path) -> None:
+    """Push the files to the disk before a rename declares them complete."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
