@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 import rankfold
 from rankfold.core.files import write_whole
+from rankfold.train.inputs import Inputs
 from rankfold.train.plot import loss_curve
 from rankfold.train.recipe import Recipe
 from rankfold.train.recipe_file import write_recipe
 from rankfold.train.samples import Answer
+from rankfold.train.schedule import Progress
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,41 @@ def versions() -> dict[str, str]:
     return found
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def make_report(
+    inputs: Inputs,
+    adapter: rankfold.Adapter,
+    progress: Progress,
+    metrics: Sequence[dict[str, Any]],
+    samples: list[Answer],
+    args: TrainingArguments,
+) -> Report:
+    """The figures of a run that just ended; the scores are those at the first and the last step of its metrics."""
+    scores = [
+        {key.removeprefix("held_out_"): value for key, value in line.items() if key.startswith("held_out_")}
+        for line in metrics
+        if "held_out_loss" in line
+    ]
+    own = {id(parameter) for parameter in adapter.parameters()}
+    kind = args.device.type
+    return Report(
+        before=scores[0],
+        after=scores[-1],
+        steps=progress.step,
+        tokens=progress.tokens,
+        seconds=round(progress.seconds, 3),
+        parameters=adapter.num_parameters(),
+        model_parameters=sum(p.numel() for p in inputs.model.parameters() if id(p) not in own),
+        train_rows=len(inputs.data.train),
+        held_out_rows=len(inputs.data.held_out),
+        dropped_rows=inputs.data.dropped,
+        peak_memory=peak_memory(),
+        seed=inputs.recipe.seed,
+        versions=versions(),
+        device=torch.cuda.get_device_name(args.device) if kind == "cuda" else f"{kind}, {torch.get_num_threads()} threads",
+        processes=args.world_size,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        samples=samples,
+    )
 
 
 def write_report(folder: Path, recipe: Recipe, report: Report, metrics: Sequence[dict[str, Any]]) -> None:
@@ -81,15 +117,6 @@ def write_report(folder: Path, recipe: Recipe, report: Report, metrics: Sequence
     write_whole(folder / "report.json", json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
     write_whole(folder / "loss.png", loss_curve(metrics, _title(recipe)))
     write_whole(folder / "report.md", markdown(recipe, report))
-
-
-def read_report(folder: Path) -> Report | None:
-    """The report of the run in `folder`; None while it is not finished."""
-    path = folder / "report.json"
-    if not path.exists():
-        return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return Report(**{**values, "samples": [Answer(**sample) for sample in values["samples"]]})
 
 
 def _title(recipe: Recipe) -> str:
@@ -112,22 +139,20 @@ def markdown(recipe: Recipe, report: Report) -> str:
         rows.append(("Accuracy", f"{before['accuracy']:.1%}", f"{after['accuracy']:.1%}", f"{points:+.1f} points"))
     unit = "rows" if "accuracy" in after else "tokens"
     share = report.parameters / report.model_parameters
+    tokens = f"{report.tokens:,} tokens, " if report.tokens else ""
+    dropped = f", {report.dropped_rows:,} left out (no answer within `data.max_length`)" if report.dropped_rows else ""
     facts = [
         ("Model", f"`{recipe.model.path}` ({report.model_parameters:,} parameters, {recipe.model.dtype})"),
         ("Method", f"`{json.dumps(recipe.method.model_dump(), ensure_ascii=False)}`"),
         ("Trained", f"{report.parameters:,} parameters ({share:.3%} of the model)"),
-        ("Data", f"`{recipe.data.path}`: {report.train_rows:,} rows to train on, {report.held_out_rows:,} held out"),
-        ("Training", f"{report.steps:,} steps, {report.tokens:,} tokens, {_duration(report.seconds)}"),
+        ("Data", f"`{recipe.data.path}`: {report.train_rows:,} rows to train on, {report.held_out_rows:,} held out{dropped}"),
+        ("Training", f"{report.steps:,} steps, {tokens}{_duration(report.seconds)}"),
         ("Peak memory", ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in report.peak_memory.items())),
         ("Device", f"{report.device}, {report.processes} process{'es' * (report.processes > 1)}"),
         ("Seed", str(report.seed)),
         ("Versions", ", ".join(f"{name} {number}" for name, number in report.versions.items())),
         ("Finished", report.finished),
     ]
-    if report.tokens == 0:
-        facts[4] = ("Training", f"{report.steps:,} steps, {_duration(report.seconds)}")
-    if report.dropped_rows:
-        facts[3] = (facts[3][0], f"{facts[3][1]}, {report.dropped_rows:,} left out (no answer within `data.max_length`)")
     parts = [
         f"# {_title(recipe)}",
         _table(("Held out", "Before", "After", "Change"), rows),

@@ -1,6 +1,6 @@
 """What the model answers to a few held-out rows, with the adapter and without."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import rankfold
-from rankfold.train.data import Prepared, Sample
-from rankfold.train.recipe import Recipe
+from rankfold.train.data import Sample
+from rankfold.train.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -22,32 +22,30 @@ class Answer:
     after: str
 
 
-def answer_samples(
-    model: nn.Module, adapter: str, recipe: Recipe, data: Prepared, processor: Any, on_step: Callable[[], Any]
-) -> list[Answer]:
+def answer_samples(inputs: Inputs, adapter: str) -> list[Answer]:
     """Both answers to each of the data's samples. Greedy, so that they differ by the adapter alone."""
+    model = inputs.model
     was_training = model.training
     model.eval()
     try:
         answers = []
-        for sample in data.samples:
+        for sample in inputs.data.samples:
             said = []
             for name in (None, adapter):
                 with rankfold.using(model, name):
-                    said.append(_answer(model, recipe, data, processor, sample))
-                on_step()
+                    said.append(_answer(inputs, sample))
             answers.append(Answer(sample.prompt, sample.answer, *said))
         return answers
     finally:
         model.train(was_training)
 
 
-def _answer(model: nn.Module, recipe: Recipe, data: Prepared, processor: Any, sample: Sample) -> str:
+def _answer(inputs: Inputs, sample: Sample) -> str:
+    recipe, data = inputs.recipe, inputs.data
     if recipe.task.endswith("classification"):
-        inputs = data.collate([data.held_out[sample.index]])
-        return predict_class(model, inputs)
+        return predict_class(inputs.model, data.collate([data.held_out[sample.index]]))
     options = {"max_new_tokens": recipe.samples.max_new_tokens, "do_sample": False}
-    return generate(model, processor, [sample.prompt], special=recipe.data.format != "chat", **options)[0]
+    return generate(inputs.model, inputs.processor, [sample.prompt], special=recipe.data.format != "chat", **options)[0]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Budgets and learning-rate schedules: how far a run has come, and the rate that belongs there."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -22,13 +22,21 @@ class Progress:
     steps: int | None
     step: int = 0
     tokens: int = 0
-    _before: float = 0.0  # seconds used by the run's earlier processes
-    _started: float = field(default_factory=monotonic)
+    _before: float = 0.0  # seconds of training up to the last stop
+    _started: float | None = None
+
+    def start(self) -> None:
+        """Start the clock."""
+        self._started = monotonic()
+
+    def stop(self) -> None:
+        """Stop the clock."""
+        self._before, self._started = self.seconds, None
 
     @property
     def seconds(self) -> float:
         """Wall-clock time in training, over all processes of a resumed run."""
-        return self._before + monotonic() - self._started
+        return self._before + (0.0 if self._started is None else monotonic() - self._started)
 
     @property
     def share(self) -> float:
@@ -47,7 +55,7 @@ class Progress:
 
     def resume(self, state: dict[str, float]) -> None:
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
-        self._before, self._started = float(state["seconds"]), monotonic()
+        self._before = float(state["seconds"])
 
 
 def total_steps(budget: Budget, steps_per_epoch: int) -> int | None:

@@ -17,15 +17,12 @@ from transformers.trainer_utils import rotate_checkpoints
 
 import rankfold
 from rankfold.errors import RankfoldError
+from rankfold.train.errors import TrainingStopped
 from rankfold.train.evaluate import Score, evaluate
 from rankfold.train.recipe import Task
 
 ADAPTER = "adapter"  # the folder of a checkpoint that holds the adapter's files
 STATE = "rankfold.pt"  # what Rankfold's own parts need to go on: callbacks and progress
-
-
-class TrainingStopped(RankfoldError):
-    """Training cannot go on; the message says why, and where the last good state is."""
 
 
 class AdapterTrainer(transformers.Trainer):
@@ -188,13 +185,18 @@ class AdapterTrainer(transformers.Trainer):
             rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        state = torch.load(folder / STATE, weights_only=True)
+    def restore(self, checkpoint: str | os.PathLike[str]) -> None:
+        """Take back what Rankfold's own parts kept in a checkpoint (`train(resume_from_checkpoint=...)` does it too)."""
+        state = torch.load(Path(checkpoint) / STATE, weights_only=True)
         for technique, saved in zip(self.techniques, state["techniques"], strict=True):
             technique.on_load(saved)
         for name, part in self._resumable.items():
             part.resume(state["parts"][name])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if model is None:  # else the model is sharded by now, and was loaded before it was
+            self.adapter.load_state_dict(_tensors(Path(resume_from_checkpoint) / ADAPTER))
+        self.restore(resume_from_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (not the base model) to `output_dir`."""

@@ -1,0 +1,155 @@
+"""Reading a safetensors file that a stranger may have made, in one pass and into one block of memory.
+
+The library of that name maps the file by its path, copies every tensor out, and leaves the meaning of a damaged header
+to its caller. Adapters are loaded by the thousand and from anywhere, so this reader takes an open file, checks the whole
+header against its size before a byte of data is read, and gives views of one storage.
+"""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from rankfold.core.files import MAX_JSON, parse_json
+from rankfold.errors import AdapterFileError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor as the header declares it; `begin` and `end` count bytes from where the data starts."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+
+class TensorFile:
+    """The checked header of an open safetensors file: `entries` by tensor name, `metadata`, `size` of the data in bytes."""
+
+    def __init__(self, handle: BinaryIO, what: str):
+        self._handle, self._what = handle, what
+        self._found = os.fstat(handle.fileno())
+        length = self._header_length()
+        self._start = 8 + length
+        self.size = self._found.st_size - self._start
+        header = parse_json(_read_exactly(handle, length, what), f"{what}: the header")
+        if not isinstance(header, dict):
+            raise AdapterFileError(f"{what}: the header is no JSON object: it is no safetensors file")
+        self.metadata = self._metadata(header.pop("__metadata__", {}))
+        self.entries = {name: self._entry(name, value) for name, value in header.items()}
+        self._check_layout()
+
+    def _header_length(self) -> int:
+        first = self._handle.read(8)
+        if _PICKLE.match(first):
+            raise AdapterFileError(
+                f"{self._what} is a pickle (what torch.save writes), which can run any code when it is opened; "
+                "Rankfold reads safetensors files only: ask for the adapter in that format"
+            )
+        if len(first) < 8:
+            raise AdapterFileError(f"{self._what} is cut short at {len(first)} bytes: fetch or save it again")
+        length, there = int.from_bytes(first, "little"), self._found.st_size - 8
+        if length > there:
+            raise AdapterFileError(
+                f"{self._what} claims a header of {length:,} bytes and has {there:,} in all: it is no safetensors file, or "
+                "cut short; fetch or save it again"
+            )
+        if length > MAX_JSON:
+            raise AdapterFileError(f"{self._what} claims a header of {length:,} bytes, more than an adapter's ({MAX_JSON:,} at most)")
+        return length
+
+    def _metadata(self, value: Any) -> dict[str, str]:
+        if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+            raise AdapterFileError(f"{self._what}: the metadata in the header must map names to texts")
+        return value
+
+    def _entry(self, name: str, value: Any) -> Entry:
+        at = f"{self._what}: tensor {name[:200]!r}"
+        if not 0 < len(name) <= 1024 or not name.isprintable():
+            raise AdapterFileError(f"{at} has an empty, overlong or unprintable name: the file is damaged or hostile")
+        if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+            raise AdapterFileError(f"{at} must be described by dtype, shape and data_offsets, and nothing else")
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise AdapterFileError(f"{at} has dtype {str(dtype)[:40]!r}; an adapter's tensors are {', '.join(_DTYPES)}")
+        if not _whole_numbers(shape) or len(shape) > 8:
+            raise AdapterFileError(f"{at} has a shape that is no list of at most 8 whole numbers")
+        if not _whole_numbers(offsets) or len(offsets) != 2:
+            raise AdapterFileError(f"{at} has data_offsets that are no pair of whole numbers")
+        entry = Entry(_DTYPES[dtype], tuple(shape), *offsets)
+        needed = entry.numel * entry.dtype.itemsize
+        if entry.end - entry.begin != needed:
+            raise AdapterFileError(f"{at} of shape {list(shape)} needs {needed:,} bytes and has {entry.end - entry.begin:,}")
+        return entry
+
+    def _check_layout(self) -> None:
+        """The tensors must cover the data from its first byte to its last, each byte once."""
+        end = 0
+        for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+            if entry.begin != end:
+                trouble = "overlaps another tensor" if entry.begin < end else "leaves a gap before it"
+                raise AdapterFileError(f"{self._what}: tensor {name!r} {trouble} (it starts at byte {entry.begin:,}, not {end:,})")
+            end = entry.end
+        if end != self.size:
+            trouble = "is cut short" if end > self.size else "has bytes behind its last tensor"
+            raise AdapterFileError(f"{self._what} {trouble}: {self.size:,} bytes of data where the header says {end:,}; fetch or save it again")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read the data once: CPU tensors by name, all views of one storage."""
+        self._handle.seek(self._start)
+        data = torch.frombuffer(_read_exactly(self._handle, self.size, self._what), dtype=torch.uint8) if self.size else None
+        now = os.fstat(self._handle.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self._found.st_size, self._found.st_mtime_ns):
+            raise AdapterFileError(f"{self._what} changed while it was read: load it again when nothing writes to it")
+        return {name: self._view(name, entry, data) for name, entry in self.entries.items()}
+
+    def _view(self, name: str, entry: Entry, data: Tensor | None) -> Tensor:
+        if data is None or entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        part = data[entry.begin : entry.end]
+        if entry.dtype == torch.bool and bool((part > 1).any()):
+            raise AdapterFileError(f"{self._what}: tensor {name!r} of booleans holds other values than 0 and 1")
+        if entry.begin % entry.dtype.itemsize:  # no file of ours: a view has to start at a multiple of its numbers' size
+            part = part.clone()
+        return part.view(entry.dtype).view(entry.shape)
+
+
+def _read_exactly(handle: BinaryIO, length: int, what: str) -> bytearray:
+    data = bytearray(length)
+    rest = memoryview(data)
+    while rest:
+        count = handle.readinto(rest)  # type: ignore[attr-defined]
+        if not count:
+            raise AdapterFileError(f"{what} became shorter while it was read: load it again when nothing writes to it")
+        rest = rest[count:]
+    return data
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 63 for number in value)

@@ -1,0 +1,86 @@
+"""What a person sees of a run: phases, a progress bar, the losses as they come. Silent unless given a console."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bar, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.trainer_callback import TrainerCallback
+
+from rankfold.train.schedule import Progress
+
+
+class Display:
+    """Shows nothing, as a library should."""
+
+    def phase(self, what: str) -> AbstractContextManager[Any]:
+        """Around a part of the work that takes a while."""
+        return nullcontext()
+
+    def training(self) -> AbstractContextManager[Any]:
+        """Around the training itself."""
+        return nullcontext()
+
+    def watchers(self, progress: Progress) -> Sequence[TrainerCallback]:
+        """Trainer callbacks that follow the training."""
+        return ()
+
+
+class ConsoleDisplay(Display):
+    """A spinner, then a progress bar; where the console is no terminal, one plain line for each phase and measurement."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.bar = Bar(
+            TextColumn("[bold]training"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[figures]}", style="cyan"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    @contextmanager
+    def phase(self, what: str) -> Iterator[None]:
+        if not self.console.is_terminal:
+            self.console.print(what)
+            yield
+            return
+        with self.console.status(what):
+            yield
+
+    def training(self) -> AbstractContextManager[Any]:
+        return self.bar
+
+    def watchers(self, progress: Progress) -> Sequence[TrainerCallback]:
+        return (_BarWatcher(self.console, self.bar, progress),)
+
+
+class _BarWatcher(TrainerCallback):
+    def __init__(self, console: Console, bar: Bar, progress: Progress):
+        self.console, self.bar, self.progress = console, bar, progress
+        self.task: TaskID | None = None
+        self.figures: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.task = self.bar.add_task("training", total=1.0, completed=self.progress.share, figures="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._show(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        self.figures |= {name: logs[key] for key, name in (("loss", "loss"), ("eval_loss", "held out")) if key in logs}
+        if self.task is not None and "eval_loss" in logs:
+            accuracy = f", accuracy {logs['eval_accuracy']:.1%}" if "eval_accuracy" in logs else ""
+            self.console.print(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}{accuracy}")
+        self._show(state)
+
+    def _show(self, state: Any) -> None:
+        if self.task is not None:
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in self.figures.items())
+            self.bar.update(self.task, completed=self.progress.share, figures=f"step {state.global_step}  {shown}")

@@ -1,0 +1,103 @@
+"""From a recipe's names to things: components, optimiser, training arguments. Wrong names are found before any model loads."""
+
+import difflib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import rankfold
+from rankfold.errors import RankfoldError
+from rankfold.train.recipe import Component, Optimizer, Recipe
+from rankfold.train.watch import default_interval
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The registered components that a recipe names."""
+
+    method: Any
+    init: Any | None
+    callbacks: tuple[Any, ...]
+
+
+def build_parts(recipe: Recipe) -> Parts:
+    """Build the recipe's components. Raises RankfoldError that names the key."""
+    return Parts(
+        method=_build(recipe.method, "method", rankfold.Method),
+        init=None if recipe.init is None else _build(recipe.init, "init", rankfold.Init),
+        callbacks=tuple(_build(c, f"callbacks.{i}", rankfold.Callback) for i, c in enumerate(recipe.callbacks)),
+    )
+
+
+def _build(component: Component, key: str, kind: type) -> Any:
+    try:
+        built = rankfold.build(component.name, **component.hyper)
+    except RankfoldError as error:
+        raise RankfoldError(f"{key}: {error}") from None
+    if not isinstance(built, kind):
+        fitting = ", ".join(entry.slug for entry in rankfold.methods() if entry.axis == kind.axis) or "none"
+        raise RankfoldError(f"{key}: {component.name} belongs to the axis {built.axis}; of {kind.axis} there are: {fitting}")
+    return built
+
+
+def optimizer_class(spec: Optimizer) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The class of torch.optim that `spec` names, and the arguments it gets."""
+    classes = {
+        name.lower(): cls
+        for name, cls in vars(torch.optim).items()
+        if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+    }
+    if spec.name.lower() not in classes:
+        near = difflib.get_close_matches(spec.name.lower(), classes, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"torch.optim has: {', '.join(sorted(classes))}"
+        raise RankfoldError(f"optimizer.name: there is no {spec.name!r}; {hint}")
+    cls = classes[spec.name.lower()]
+    allowed = set(inspect.signature(cls).parameters) - {"params", "lr", "weight_decay"}
+    if unknown := sorted(set(spec.hyper) - allowed):
+        raise RankfoldError(f"optimizer.{unknown[0]}: {cls.__name__} has no such argument; it has: {', '.join(sorted(allowed))}")
+    hyper = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.hyper.items()}
+    options = {"lr": spec.lr, "weight_decay": spec.weight_decay, **hyper}
+    try:
+        cls([torch.nn.Parameter(torch.zeros(1, 1))], **options)
+    except (TypeError, ValueError) as error:
+        raise RankfoldError(f"optimizer: {cls.__name__} refuses its arguments: {error}") from None
+    return cls, options
+
+
+def training_arguments(
+    recipe: Recipe, folder: Path, steps: int | None, resumed: bool
+) -> transformers.TrainingArguments:
+    """What `transformers.Trainer` is told; checkpoints go to `folder`."""
+    count_tokens = recipe.task != "image-classification"
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps if steps is not None else 2**40,  # then time or tokens end the run
+        per_device_train_batch_size=recipe.batch.size,
+        per_device_eval_batch_size=recipe.batch.eval_size or recipe.batch.size,
+        gradient_accumulation_steps=recipe.batch.accumulate,
+        learning_rate=recipe.optimizer.lr,
+        weight_decay=recipe.optimizer.weight_decay,
+        max_grad_norm=recipe.optimizer.clip,
+        bf16=recipe.precision == "bf16",
+        fp16=recipe.precision == "fp16",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        seed=recipe.seed,
+        logging_steps=recipe.log.steps,
+        report_to=list(recipe.log.report_to) or "none",
+        eval_strategy="steps",
+        eval_steps=recipe.evaluate.steps or default_interval(steps),
+        eval_on_start=not resumed,
+        save_strategy="steps",
+        save_steps=recipe.checkpoint.steps or default_interval(steps),
+        save_total_limit=recipe.checkpoint.keep,
+        include_num_input_tokens_seen="non_padding" if count_tokens else "no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+    )

@@ -1,0 +1,178 @@
+"""One training run from a recipe to a report: `rankfold train` in Python."""
+
+import math
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+import rankfold
+from rankfold.core.files import write_whole
+from rankfold.errors import RankfoldError
+from rankfold.train.display import Display
+from rankfold.train.errors import Interrupted
+from rankfold.train.inputs import Inputs, load_inputs
+from rankfold.train.plan import Parts, build_parts, optimizer_class, training_arguments
+from rankfold.train.recipe import Recipe
+from rankfold.train.recipe_file import read_recipe, write_recipe
+from rankfold.train.report import Report, make_report, write_report
+from rankfold.train.samples import answer_samples
+from rankfold.train.schedule import Progress, make_schedule, total_steps
+from rankfold.train.trainer import ADAPTER, AdapterTrainer
+from rankfold.train.watch import BudgetWatch, Interrupt, Metrics, read_metrics, rewind_metrics
+
+# Keys that may differ when a run goes on: they change how long it runs and what it shows, not the mathematics of a step.
+_FREE_ON_RESUME = {"budget", "log", "evaluate", "checkpoint", "samples"}
+
+
+def train(recipe: Recipe, output: str | Path, *, resume: bool = False, display: Display | None = None) -> Report:
+    """Train an adapter as `recipe` says and write everything to the folder `output`:
+
+    | file            | what                                                                              |
+    | --------------- | --------------------------------------------------------------------------------- |
+    | `adapter/`      | the trained adapter, for `rankfold.load`                                          |
+    | `report.md`     | before and after, sizes, times, samples (`report.json` the same for machines)     |
+    | `loss.png`      | training and held-out loss                                                        |
+    | `metrics.jsonl` | one line per logged step                                                          |
+    | `recipe.yaml`   | the recipe with every default spelled out                                         |
+    | `checkpoints/`  | what `resume` goes on from                                                        |
+
+    With `resume`, go on from the last checkpoint in `output` (or start, if there is none): on a CPU the run ends with
+    the same weights, bit for bit, as one that was never stopped. Works under `accelerate launch`.
+
+    Raises:
+        RankfoldError: something in the recipe cannot be used (the message names the key), or `output` is taken.
+        TrainingStopped: the loss is not finite, or the adapter gets no gradient.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+    """
+    output, display = Path(output), display or Display()
+    main = PartialState().is_main_process
+    parts = build_parts(recipe)
+    optimizer_class(recipe.optimizer)
+    if main:
+        _claim(output, recipe, resume)
+    PartialState().wait_for_everyone()
+    checkpoint = _last_checkpoint(output) if resume else None
+
+    set_seed(recipe.seed)
+    inputs = load_inputs(recipe, display)
+    recipe = inputs.recipe
+    if main:
+        write_whole(output / "recipe.yaml", write_recipe(recipe))
+    with display.phase("attaching the adapter"):
+        adapter = _attach(inputs, parts, checkpoint)
+    trainer, progress, interrupt = _trainer(inputs, parts, adapter, output, checkpoint, display)
+    if checkpoint is not None and main:
+        rewind_metrics(output / "metrics.jsonl", int(checkpoint.name.rpartition("-")[2]))
+    _run(trainer, progress, interrupt, checkpoint, display)
+    trainer.save_model(str(output / ADAPTER))
+    metrics = read_metrics(output / "metrics.jsonl")
+    answers = []
+    if main and not trainer.is_fsdp_enabled:  # a sharded model can only generate with every process taking part
+        with display.phase("answering samples"):
+            answers = answer_samples(inputs, adapter.name)
+    report = make_report(inputs, adapter, progress, metrics, answers, trainer.args)
+    if main:
+        write_report(output, recipe, report, metrics)
+    return report
+
+
+def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuse a folder that holds something else; on resume, a run of another recipe."""
+    if not resume:
+        if output.is_dir() and any(output.iterdir()):
+            what = "holds a run already: add --resume to go on with it, or" if _is_run(output) else "is not empty:"
+            raise RankfoldError(f"{output} {what} choose another --output")
+        return
+    if not _is_run(output):
+        return
+    saved, given = read_recipe(output / "recipe.yaml").model_dump(), recipe.model_dump()
+    given["data"]["labels"] = given["data"]["labels"] or saved["data"]["labels"]
+    given["modules_to_save"] = saved["modules_to_save"] if given["modules_to_save"] is None else given["modules_to_save"]
+    changed = sorted(key for key in given if given[key] != saved[key] and key not in _FREE_ON_RESUME)
+    if changed:
+        raise RankfoldError(f"the run in {output} was started with another recipe: {', '.join(changed)} differ; it cannot be resumed")
+
+
+def _is_run(output: Path) -> bool:
+    return (output / "recipe.yaml").exists()
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    folder = output / "checkpoints"
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return Path(found) if found else None
+
+
+def _attach(inputs: Inputs, parts: Parts, checkpoint: Path | None) -> rankfold.Adapter:
+    recipe, model = inputs.recipe, inputs.model
+    if checkpoint is not None:
+        return rankfold.load(model, checkpoint / ADAPTER, name=recipe.name)
+    statistics = parts.init is not None and parts.init.needs(getattr(parts.method, "rank", 0))
+    return rankfold.attach(
+        model,
+        parts.method,
+        targets=recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets),
+        name=recipe.name,
+        init=parts.init,
+        fold=recipe.fold,
+        seed=recipe.seed,
+        overrides=recipe.overrides,
+        modules_to_save=recipe.modules_to_save or (),
+        calibration=_calibration(inputs) if statistics else None,
+    )
+
+
+def _calibration(inputs: Inputs) -> list[dict[str, torch.Tensor]]:
+    """Batches of training rows, drawn with the seed."""
+    recipe, rows = inputs.recipe, inputs.data.train
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    size = recipe.batch.size
+    starts = range(0, min(len(drawn), size * recipe.calibration.batches), size)
+    return [inputs.data.collate([rows[i] for i in drawn[start : start + size]]) for start in starts]
+
+
+def _trainer(
+    inputs: Inputs, parts: Parts, adapter: rankfold.Adapter, output: Path, checkpoint: Path | None, display: Display
+) -> tuple[AdapterTrainer, Progress, Interrupt]:
+    recipe, data = inputs.recipe, inputs.data
+    rows_per_step = recipe.batch.size * PartialState().num_processes * recipe.batch.accumulate
+    steps = total_steps(recipe.budget, math.ceil(len(data.train) / rows_per_step))
+    progress, interrupt = Progress(recipe.budget, steps), Interrupt()
+    watchers = [Metrics(output / "metrics.jsonl", progress), BudgetWatch(progress), interrupt]
+    trainer = AdapterTrainer(
+        model=inputs.model,
+        args=training_arguments(recipe, output / "checkpoints", steps, resumed=checkpoint is not None),
+        adapter=adapter,
+        task=recipe.task,
+        techniques=parts.callbacks,
+        schedule=lambda optimizer: make_schedule(recipe.schedule, optimizer, progress),
+        state={"progress": progress},
+        optimizer_cls_and_kwargs=optimizer_class(recipe.optimizer),
+        data_collator=data.collate,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        callbacks=[*watchers, *display.watchers(progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, progress, interrupt
+
+
+def _run(
+    trainer: AdapterTrainer, progress: Progress, interrupt: Interrupt, checkpoint: Path | None, display: Display
+) -> None:
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        if progress.share >= 1:  # it was stopped between the last step and the report
+            return
+    progress.start()
+    with interrupt.listening(), display.training():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    progress.stop()
+    if interrupt.signal is not None and progress.share < 1:
+        raise Interrupted(trainer.state.global_step, interrupt.signal)
+
+
