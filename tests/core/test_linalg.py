@@ -43,9 +43,6 @@ def test_svd_signs_do_not_depend_on_the_route():
     M = matrix(6, 9)
     U, S, Vh = svd(M)
     assert (Vh.gather(1, Vh.abs().argmax(1, keepdim=True)) > 0).all()
-    # The decomposition of Mᵀ swaps the roles; brought back, it must meet the same convention.
-    Ut, _, Vht = svd(M.T)
-    assert not torch.allclose(Ut.T, Vh) or torch.allclose(Vht.T, U)
     left, _, right = randomised_svd(M, 6, rng(), iterations=2)
     torch.testing.assert_close(right, Vh, atol=1e-9, rtol=0)
     torch.testing.assert_close(left, U, atol=1e-9, rtol=0)

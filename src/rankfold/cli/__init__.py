@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import typer
@@ -23,7 +24,7 @@ for _command in ("train", "evaluate", "generate", "inspect", "merge", "peft", "m
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 if all went well, 2 for bad input, 1 where a run failed, 128 + n after signal n."""
+    """Run the command line and exit: 0 for success, 2 for bad input, 1 for a failed run, 128 + n after signal n."""
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -48,13 +49,13 @@ def run(arguments: list[str]) -> int:
 
 def _explain(error: BaseException) -> tuple[str, int]:
     """One line for a person, and the exit code."""
-    from rankfold.train.errors import Interrupted, TrainingStopped
+    from rankfold.train.errors import TrainingInterruptedError, TrainingStoppedError
 
-    if isinstance(error, Interrupted):
+    if isinstance(error, TrainingInterruptedError):
         return f"{error}; go on with the same command and --resume", 128 + error.signal
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "interrupted", 130
-    if isinstance(error, TrainingStopped):
+    if isinstance(error, TrainingStoppedError):
         return str(error), 1
     if isinstance(error, RankfoldError):
         return str(error), 2
@@ -66,13 +67,11 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 
 def _quieten() -> None:
-    """Keep other libraries' chatter out of the output: their advice is for programmers, and their bars for no one."""
+    """Keep other libraries' chatter out of the output: it is advice for programmers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TORCH_LOGS", "-all")
-    logging.basicConfig(level=logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns at the first fork
+    for name in ("torchao", "torch.utils._pytree", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
-        import warnings
-
-        warnings.filterwarnings("ignore", module=r"(?!rankfold)")
+        warnings.simplefilter("ignore")

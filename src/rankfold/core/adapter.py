@@ -101,6 +101,12 @@ class Adapter:
 
 def check_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, error: type[RankfoldError] = RankfoldError) -> None:
     """Refuse tensors whose names or shapes are not the expected ones, or that hold NaN or infinity."""
+    check_layout(own, given, what, error)
+    check_finite(given, what, error)
+
+
+def check_layout(own: Mapping[str, Tensor], given: Mapping[str, Any], what: str, error: type[RankfoldError] = RankfoldError) -> None:
+    """Refuse tensors, or descriptions of tensors, whose names, shapes or sorts of number are not the expected ones."""
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing or extra:
         parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"holds unknown {_some(extra)}"] * bool(extra)
@@ -108,9 +114,19 @@ def check_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: 
     for name, tensor in own.items():
         if given[name].shape != tensor.shape:
             raise error(f"{what}: {name} has shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}")
-        if tensor.is_floating_point() != given[name].is_floating_point():
+        exact = not (tensor.is_floating_point() and given[name].is_floating_point())
+        if exact and given[name].dtype != tensor.dtype:
             raise error(f"{what}: {name} has dtype {given[name].dtype}, expected {tensor.dtype}")
-        if given[name].is_floating_point() and not bool(torch.isfinite(given[name]).all()):
+
+
+def check_finite(given: Mapping[str, Tensor], what: str, error: type[RankfoldError] = RankfoldError) -> None:
+    """Refuse tensors that hold NaN or infinity."""
+    floating = {name: tensor for name, tensor in given.items() if tensor.is_floating_point() and tensor.numel()}
+    # The largest magnitude of all is one fused computation, and NaN or infinity if any number is.
+    if not floating or torch.nn.utils.get_total_norm(floating.values(), float("inf")).isfinite():
+        return
+    for name, tensor in floating.items():
+        if not bool(torch.isfinite(tensor).all()):
             raise error(f"{what}: {name} holds NaN or infinity")
 
 
@@ -198,7 +214,8 @@ def attach(
 
     if fold and init is None:
         raise RankfoldError("fold=True folds an init's offset into the weights, and there is no init")
-    return build_adapter(model, matched, method, methods, name, fill, init=init, seed=seed, targets=targets, modules_to_save=modules_to_save, dtype=dtype)
+    copies = _modules_in_full(model, modules_to_save, matched)
+    return build_adapter(model, matched, method, methods, name, fill, init=init, seed=seed, targets=targets, copies=copies, dtype=dtype)
 
 
 def build_adapter(
@@ -212,11 +229,14 @@ def build_adapter(
     init: Init | None,
     seed: int,
     targets: Targets,
-    modules_to_save: Sequence[str] = (),
+    copies: Mapping[str, nn.Module] | None = None,
     dtype: torch.dtype | None = None,
     active: bool = True,
 ) -> Adapter:
-    """Make an adapter's deltas, let `fill` set their tensors, and only then put them on the model."""
+    """Make an adapter's deltas, let `fill` set their tensors, and only then put them on the model.
+
+    `copies` are the modules that it trains in full, by path.
+    """
     state = _find_state(model)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise RankfoldError(f"adapter name {name!r}: use 1 to 128 letters, digits or _ + = @ -, starting with a letter, digit or _")
@@ -229,7 +249,7 @@ def build_adapter(
         if dtype is not None:
             target.site.dtype = dtype
 
-    copies = _modules_in_full(model, modules_to_save, matched)
+    copies = copies or {}
     adapter = Adapter(name, model, method, init, seed, targets)
     adapter.methods = {site: own for site, own in methods.items() if own != method}
     new = state is None

@@ -60,7 +60,7 @@ def as_lora(
         matched.append(Target(site, mixin, path, layer))
     new = build_adapter(
         model, matched, widest, methods, new_name or f"{name}-lora", fill,
-        init=None, seed=adapter.seed, targets=list(pairs), modules_to_save=list(adapter.modules), active=False,
+        init=None, seed=adapter.seed, targets=list(pairs), copies={path: adapter.model.get_submodule(path) for path in adapter.modules}, active=False,
     )  # fmt: skip
     return new, report
 

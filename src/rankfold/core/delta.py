@@ -145,7 +145,7 @@ class Delta(nn.Module):
     @property
     def W(self) -> Tensor:
         """The frozen dense base weight (out, in) under this delta; after `fold`, with the offset taken out."""
-        return self.folded if self.is_folded else self.layer.to_matrix(dense(self.site.stored))
+        return self.folded if self.is_folded else self.layer.to_matrix(dense(self.site.stored, self.layer))
 
     @property
     def b(self) -> Tensor | None:

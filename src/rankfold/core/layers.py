@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from rankfold.core.delta import Delta, Site
 from rankfold.core.lowrank import add_lowrank, add_lowrank_rows, lowrank_linear
-from rankfold.core.quantized import is_plain
+from rankfold.core.quantized import is_plain, prepare
 from rankfold.core.routing import Rows, State
 from rankfold.errors import RankfoldError, UnsupportedError
+
+
+def _never_called(*_: Any) -> None: ...
 
 
 class Deltas(nn.Module):
@@ -28,6 +31,8 @@ class Deltas(nn.Module):
     def __init__(self, state: State):
         super().__init__()
         self._state = state
+        # `nn.TransformerEncoderLayer` reads its linears' weights past their forward, unless a module in it has a hook.
+        self.register_forward_pre_hook(_never_called)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As any module's, without merged adapters: they are in the base weight already."""
@@ -154,11 +159,23 @@ class Adapted:
 
 class AdaptedLinear(Adapted):
     kind = "linear"
+    # bitsandbytes asks this of its layers before it repacks their 4-bit weights for inference: see `quantized.prepare`.
+    support_avx512bf16_for_cpu = property(lambda self: False)
 
     @staticmethod
     def sites(name: str, layer: Any) -> list[Site]:
         shape = (layer.out_features, layer.in_features)
         return [Site(name, "linear", shape, layer.bias is not None, _delta_dtype(layer.weight))]
+
+    def base(self, x: Tensor, delta: Delta | None = None) -> Tensor:
+        y = super().base(x, delta)
+        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+            weight = self._parameters["weight"]  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                f"a {self._plain.__name__} with a weight of type {type(weight).__name__} passes no gradient to its input, so "
+                "the layers before it cannot train: quantise weights only, or run without gradients"
+            )
+        return y
 
     def functional(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
@@ -333,7 +350,7 @@ class AdaptedExperts(Adapted):
         delta = deltas._modules.get(route) if deltas is not None and isinstance(route, str) else None
         if delta is None:
             return weight
-        W = delta.folded if delta.is_folded else self.to_matrix(weight)
+        W = delta.W
         if delta.form == "factors":
             B, A = delta.pair()
             W = W + delta.scale * (B @ A).to(W.dtype)
@@ -456,6 +473,7 @@ def adapt_layer(layer: Any, mixin: type[Adapted], sites: list[Site], state: Stat
         if "forward" in layer.__dict__ and "_old_forward" not in layer.__dict__:
             raise UnsupportedError(f"the forward of a {type(layer).__name__} was replaced on the object; adapt it before that")
         experts = tuple(site.parameter for site in mixin.sites("", layer)) if mixin is AdaptedExperts else ()
+        prepare(layer, sites[0].name if sites else type(layer).__name__)
         layer.__class__ = adapted_class(mixin, type(layer), experts)
         layer._rankfold = state
         _rebind(layer)

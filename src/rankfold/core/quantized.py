@@ -1,29 +1,99 @@
 """Reading the dense weight out of a layer whose weight is stored in few bits (bitsandbytes, torchao)."""
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import UnsupportedError
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_BITSANDBYTES = ("Params4bit", "Int8Params")
+_NOT_YET = (
+    "the bitsandbytes weight is not quantised yet, which happens when the layer is moved to its device: call "
+    'model.to(device) first (also for "cpu")'
+)
+
 
 def is_plain(weight: Tensor) -> bool:
-    """Whether a weight is an ordinary floating-point tensor that `F.linear` may be fused over."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    """Whether a weight is an ordinary floating-point tensor that `F.linear` may be fused over (float8 is not: it has a scale)."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS
 
 
-def dense(weight: Tensor) -> Tensor:
-    """The weight as an ordinary floating-point tensor: itself if it is one, dequantised if it is not."""
+def dense(weight: Tensor, layer: Any = None) -> Tensor:
+    """The weight as an ordinary floating-point tensor: itself if it is one, dequantised by its own library if it is not.
+
+    `layer` is the module that holds the weight. bitsandbytes keeps the scales of an int8 weight there from the first
+    forward on, and those of a 4-bit weight that FSDP took apart.
+    """
     if is_plain(weight):
         return weight
-    if getattr(weight, "quant_state", None) is not None:  # bitsandbytes 4-bit
-        from bitsandbytes.functional import dequantize_4bit
+    if (state := _state_4bit(weight, layer)) is not None:
+        from bitsandbytes import functional
 
-        return dequantize_4bit(weight.data, weight.quant_state)
-    if getattr(weight, "SCB", None) is not None:  # bitsandbytes int8: rows scaled by their largest magnitude
-        return weight.data.to(torch.float32) * (weight.SCB.to(torch.float32) / 127).unsqueeze(-1)
-    if type(weight) not in (Tensor, nn.Parameter):  # torchao and other tensor subclasses
-        return weight.dequantize()
+        data = weight.data
+        if _is_packed(state):
+            data, state = _unpacked(data, copy.copy(state))
+        return functional.dequantize_4bit(data, state)
+    if weight.dtype == torch.int8 and (scales := _scales_int8(weight, layer)) is not None:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(weight.data, scales)
+    if type(weight).__name__ in _BITSANDBYTES:
+        if getattr(weight, "has_fp16_weights", False):  # rounded anew in each forward
+            return weight.data
+        raise UnsupportedError(_NOT_YET)
+    if type(weight) not in (Tensor, nn.Parameter):  # torchao and other tensor subclasses; its NF4 has a word of its own
+        try:
+            return getattr(weight, "get_original_weight", weight.dequantize)()
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            raise UnsupportedError(
+                f"{type(weight).__name__} has no way back to floating-point numbers ({str(error)[:80]}...): only a change "
+                "that never reads the base weight, such as LoRA's, can sit on this layer"
+            ) from error
     raise UnsupportedError(
         f"the weight holds {weight.dtype} numbers in no layout Rankfold can read; supported are float weights, "
-        "bitsandbytes 4-bit (after the model was moved to its device once, which quantises it) and int8, and torchao"
+        "bitsandbytes 4-bit and int8, and torchao"
     )
+
+
+def prepare(layer: Any, name: str) -> None:
+    """Before a layer is adapted: refuse a bitsandbytes weight that is not quantised yet, and undo its CPU repacking.
+
+    bitsandbytes repacks 4-bit weights for inference on CPUs with AVX512-BF16, rounds their scales while at it, and has
+    no gradient through that layout. Adapted layers never repack (see `AdaptedLinear`); one that was is turned back.
+    """
+    weight = layer._parameters.get("weight")
+    if type(weight).__name__ not in _BITSANDBYTES:
+        return
+    state = _state_4bit(weight, layer)
+    quantised = state is not None or weight.dtype == torch.int8 or getattr(weight, "has_fp16_weights", False)
+    if not quantised:
+        raise UnsupportedError(f"{name}: {_NOT_YET}")
+    if _is_packed(state):
+        weight.data, weight.quant_state = _unpacked(weight.data, state)
+
+
+def _state_4bit(weight: Tensor, layer: Any) -> Any:
+    state = getattr(weight, "quant_state", None)
+    return getattr(layer, "quant_state", None) if state is None else state
+
+
+def _scales_int8(weight: Tensor, layer: Any) -> Tensor | None:
+    """The largest magnitude of each row."""
+    scales = getattr(weight, "SCB", None)
+    return getattr(getattr(layer, "state", None), "SCB", None) if scales is None else scales
+
+
+def _is_packed(state: Any) -> bool:
+    return getattr(state, "packing_format_for_cpu", False)
+
+
+def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    from bitsandbytes import functional
+
+    data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+    if state.absmax.dim() == 2:  # bitsandbytes 0.50 turns back the scales of double quantisation only
+        state.absmax = state.absmax.T.reshape(-1).float()
+    return data, state

@@ -67,15 +67,15 @@ class TensorFile:
 
     def _header_length(self) -> int:
         first = self._handle.read(8)
-        if _PICKLE.match(first):
-            raise AdapterFileError(
-                f"{self._what} is a pickle (what torch.save writes), which can run any code when it is opened; "
-                "Rankfold reads safetensors files only: ask for the adapter in that format"
-            )
         if len(first) < 8:
             raise AdapterFileError(f"{self._what} is cut short at {len(first)} bytes: fetch or save it again")
         length, there = int.from_bytes(first, "little"), self._found.st_size - 8
         if length > there:
+            if _PICKLE.match(first):
+                raise AdapterFileError(
+                    f"{self._what} is a pickle (what torch.save writes), which can run any code when it is opened; "
+                    "Rankfold reads safetensors files only: ask for the adapter in that format"
+                )
             raise AdapterFileError(
                 f"{self._what} claims a header of {length:,} bytes and has {there:,} in all: it is no safetensors file, or "
                 "cut short; fetch or save it again"

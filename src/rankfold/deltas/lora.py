@@ -50,15 +50,20 @@ class LoRADelta(Delta):
         self.B = site.parameter_like(site.out, method.rank)
 
     def start(self, rng: torch.Generator) -> None:
-        if self.site.kind == "embedding":
-            nn.init.zeros_(self.A)
-            fill(self.B, rng, std=1.0)
-        else:
-            if self.drawn == "uniform":
-                fill(self.A, rng, bound=self.site.in_**-0.5)
-            else:
-                fill(self.A, rng, std=1 / self.A.shape[-2])
-            nn.init.zeros_(self.B)
+        start_product(self.site, self.B, self.A, self.drawn, rng)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.B, self.A
+
+
+def start_product(site: Site, B: torch.Tensor, A: torch.Tensor, drawn: str, rng: torch.Generator) -> None:
+    """LoRA's start: a random A and B = 0; in an embedding A = 0 and a random B."""
+    if site.kind == "embedding":
+        nn.init.zeros_(A)
+        fill(B, rng, std=1.0)
+    else:
+        if drawn == "uniform":
+            fill(A, rng, bound=site.in_**-0.5)
+        else:
+            fill(A, rng, std=1 / A.shape[-2])
+        nn.init.zeros_(B)

@@ -1,14 +1,14 @@
 """Training: recipes, the bridge to `transformers.Trainer`, reports. Needs the extra `rankfold[train]`.
 
-    from rankfold.train import read_recipe, train
-    report = train(read_recipe("recipe.yaml"), "runs/first")
+from rankfold.train import read_recipe, train
+report = train(read_recipe("recipe.yaml"), "runs/first")
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
-    "rankfold.train.errors": ("Interrupted", "TrainingStopped"),
+    "rankfold.train.errors": ("TrainingInterruptedError", "TrainingStoppedError"),
     "rankfold.train.recipe": ("Recipe",),
     "rankfold.train.recipe_file": ("read_recipe", "write_recipe"),
     "rankfold.train.report": ("Report",),
@@ -16,11 +16,11 @@ _PUBLIC = {
     "rankfold.train.trainer": ("AdapterTrainer", "check_alive", "parameter_groups"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = ["AdapterTrainer", "Interrupted", "Recipe", "Report", "TrainingStopped", "check_alive"]
+__all__ = ["AdapterTrainer", "Recipe", "Report", "TrainingInterruptedError", "TrainingStoppedError", "check_alive"]
 __all__ += ["parameter_groups", "read_recipe", "train", "write_recipe"]
 
 if TYPE_CHECKING:
-    from rankfold.train.errors import Interrupted, TrainingStopped
+    from rankfold.train.errors import TrainingInterruptedError, TrainingStoppedError
     from rankfold.train.recipe import Recipe
     from rankfold.train.recipe_file import read_recipe, write_recipe
     from rankfold.train.report import Report

@@ -1,11 +1,12 @@
 """What a person sees of a run: phases, a progress bar, the losses as they come. Silent unless given a console."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from transformers.trainer_callback import TrainerCallback
 
 from rankfold.train.schedule import Progress
@@ -18,6 +19,10 @@ class Display:
         """Around a part of the work that takes a while."""
         return nullcontext()
 
+    def bar(self, what: str, total: int) -> AbstractContextManager[Callable[[], Any]]:
+        """Around a part of `total` equal pieces; gives what to call after each."""
+        return nullcontext(lambda: None)
+
     def training(self) -> AbstractContextManager[Any]:
         """Around the training itself."""
         return nullcontext()
@@ -28,11 +33,11 @@ class Display:
 
 
 class ConsoleDisplay(Display):
-    """A spinner, then a progress bar; where the console is no terminal, one plain line for each phase and measurement."""
+    """A spinner, then a progress bar; where the console is no terminal, a plain line for each phase and measurement."""
 
     def __init__(self, console: Console):
         self.console = console
-        self.bar = Bar(
+        self.run = Bar(
             TextColumn("[bold]training"),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:>3.0f}%"),
@@ -52,11 +57,21 @@ class ConsoleDisplay(Display):
         with self.console.status(what):
             yield
 
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Callable[[], Any]]:
+        if not self.console.is_terminal:
+            self.console.print(what)
+            yield lambda: None
+            return
+        with Bar(console=self.console, transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda: bar.advance(task)
+
     def training(self) -> AbstractContextManager[Any]:
-        return self.bar
+        return self.run
 
     def watchers(self, progress: Progress) -> Sequence[TrainerCallback]:
-        return (_BarWatcher(self.console, self.bar, progress),)
+        return (_BarWatcher(self.console, self.run, progress),)
 
 
 class _BarWatcher(TrainerCallback):

@@ -143,9 +143,7 @@ def seq2seq_row(row: Row, read: dict[str, Field], data: Data, tokenizer: Any) ->
     return {"input_ids": source, "labels": tokenizer(text_target=str(read["completion"](row)), **options)["input_ids"]}
 
 
-def class_row(
-    row: Row, read: dict[str, Field], data: Data, tokenizer: Any, labels: Sequence[str]
-) -> dict[str, Any]:
+def class_row(row: Row, read: dict[str, Field], data: Data, tokenizer: Any, labels: Sequence[str]) -> dict[str, Any]:
     """A text (or a pair of texts) and the index of its class."""
     pair = str(read["text_pair"](row)) if "text_pair" in read else None
     encoded = tokenizer(str(read["text"](row)), pair, truncation=True, max_length=data.max_length)

@@ -3,12 +3,12 @@
 from rankfold.errors import RankfoldError
 
 
-class TrainingStopped(RankfoldError):
+class TrainingStoppedError(RankfoldError):
     """Training cannot go on; the message says why, and where the last good state is."""
 
 
-class Interrupted(Exception):
-    """A signal (Ctrl-C, SIGTERM) stopped training after a checkpoint; `step` is how far it came, `signal` its number."""
+class TrainingInterruptedError(Exception):
+    """A signal (Ctrl-C, SIGTERM) stopped training after a checkpoint; `step` is how far it came."""
 
     def __init__(self, step: int, signal: int):
         super().__init__(f"stopped at step {step}")

@@ -1,9 +1,8 @@
-"""Pretrained models: from a hub, a directory, or a GGUF file, with the tokenizer or image processor that belongs to them."""
+"""Pretrained models from a hub, a directory or a GGUF file, with the tokenizer or image processor that they need."""
 
 import hashlib
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,21 +113,36 @@ def gguf_directory(gguf: Path) -> Path:
     """
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    home = cache_dir() / "models"
-    done = home / f"{gguf.stem}-{digest[:16]}"
-    if done.is_dir():
-        return done
-    home.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".converting-", dir=home))
-    try:
-        _convert_gguf(gguf, work)
-        work.chmod(0o755)
-        work.rename(done)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        if not done.is_dir():  # else another process was first, and its result is as good
-            raise
+    done = cache_dir() / "models" / f"{gguf.stem}-{digest[:16]}"
+    if not done.is_dir():
+        try:
+            _whole_directory(done, lambda work: _convert_gguf(gguf, work))
+        except OSError:
+            if not done.is_dir():  # else another process was first, and its result is as good
+                raise
     return done
+
+
+def save_directory(loaded: Loaded, folder: Path) -> None:
+    """Write model and tokenizer (or image processor) as a Transformers directory, whole or not at all.
+
+    `folder` must not exist, or be empty.
+    """
+
+    def fill(work: Path) -> None:
+        loaded.model.save_pretrained(work)  # type: ignore[operator]
+        loaded.processor.save_pretrained(work)
+
+    _whole_directory(folder, fill)
+
+
+def _whole_directory(folder: Path, fill: Callable[[Path], None]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        work = Path(temporary) / "whole"
+        work.mkdir()
+        fill(work)
+        work.rename(folder)
 
 
 def _convert_gguf(gguf: Path, target: Path) -> None:

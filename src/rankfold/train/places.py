@@ -1,4 +1,4 @@
-"""Where models and data live: files and directories, inside an installed distribution, in Rankfold's cache, on a hub."""
+"""Where models and data live: in files and directories, in installed distributions, in Rankfold's cache, on a hub."""
 
 import importlib.metadata
 import os
@@ -53,4 +53,5 @@ def _existing(path: Path, complaint: str) -> Path:
 
 def _is_hub_id(place: str) -> bool:
     parts = place.split("/")
-    return len(parts) <= 2 and all(part and part.strip(".~") == part for part in parts) and not Path(place).suffix[1:].isalpha()
+    plain = all(part and part.strip(".~") == part for part in parts)
+    return len(parts) <= 2 and plain and not Path(place).suffix[1:].isalpha()

@@ -1,4 +1,4 @@
-"""From a recipe's names to things: components, optimiser, training arguments. Wrong names are found before any model loads."""
+"""From a recipe's names to things: components, optimiser, training arguments. Wrong names fail before a model loads."""
 
 import difflib
 import inspect
@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import rankfold
+from rankfold.core.component import components
 from rankfold.errors import RankfoldError
 from rankfold.train.recipe import Component, Optimizer, Recipe
 from rankfold.train.watch import default_interval
@@ -39,8 +40,9 @@ def _build(component: Component, key: str, kind: type) -> Any:
     except RankfoldError as error:
         raise RankfoldError(f"{key}: {error}") from None
     if not isinstance(built, kind):
-        fitting = ", ".join(entry.slug for entry in rankfold.methods() if entry.axis == kind.axis) or "none"
-        raise RankfoldError(f"{key}: {component.name} belongs to the axis {built.axis}; of {kind.axis} there are: {fitting}")
+        fitting = ", ".join(cls.slug for cls in components() if issubclass(cls, kind)) or "none"
+        what = kind.__name__.lower()
+        raise RankfoldError(f"{key}: {component.name} is no {what}; of that kind there are: {fitting}")
     return built
 
 
@@ -58,7 +60,8 @@ def optimizer_class(spec: Optimizer) -> tuple[type[torch.optim.Optimizer], dict[
     cls = classes[spec.name.lower()]
     allowed = set(inspect.signature(cls).parameters) - {"params", "lr", "weight_decay"}
     if unknown := sorted(set(spec.hyper) - allowed):
-        raise RankfoldError(f"optimizer.{unknown[0]}: {cls.__name__} has no such argument; it has: {', '.join(sorted(allowed))}")
+        has = ", ".join(sorted(allowed))
+        raise RankfoldError(f"optimizer.{unknown[0]}: {cls.__name__} has no such argument; it has: {has}")
     hyper = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.hyper.items()}
     options = {"lr": spec.lr, "weight_decay": spec.weight_decay, **hyper}
     try:
@@ -84,8 +87,8 @@ def training_arguments(
         max_grad_norm=recipe.optimizer.clip,
         bf16=recipe.precision == "bf16",
         fp16=recipe.precision == "fp16",
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        activation_checkpointing=recipe.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         seed=recipe.seed,
         logging_steps=recipe.log.steps,
         report_to=list(recipe.log.report_to) or "none",

@@ -59,8 +59,8 @@ def loss_curve(lines: Sequence[dict[str, Any]], title: str) -> bytes:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """A running mean that forgets over a tenth of the run, without the usual pull towards its first value."""
-    keep = 1 - 1 / max(2.0, len(values) / 10)
+    """A running mean that forgets over a twenty-fifth of the run, without the usual pull towards its first value."""
+    keep = 1 - 1 / max(2.0, len(values) / 25)
     mean = weight = 0.0
     smoothed = []
     for value in values:

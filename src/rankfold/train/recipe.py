@@ -92,7 +92,7 @@ class Data(Section):
     limit: int | None = Field(None, gt=0, description="train on at most this many rows")
     max_length: int = Field(512, gt=1, description="tokens a row is cut to; the length of a packed block for text")
     train_on: Literal["assistant", "all"] = Field("assistant", description="chat only: which turns carry the loss")
-    labels: tuple[str, ...] | None = Field(None, min_length=2, description="class names in order; else found in the data")
+    labels: tuple[str, ...] | None = Field(None, min_length=2, description="class names in order, else as found")
     image_size: int = Field(224, gt=0, description="side of the square every picture is resized to, in pixels")
     held_out: HeldOut = HeldOut()
 

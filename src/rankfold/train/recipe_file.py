@@ -6,13 +6,15 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from rankfold.errors import RankfoldError
 from rankfold.train.recipe import Recipe
+
+Part = TypeVar("Part", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,7 +40,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, where: str) -> Any:
     """The value `text` holds. Raises RankfoldError with line and column; `where` is what the message calls it."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  (a subclass of SafeLoader)
+        return yaml.load(text, _Loader)
     except RankfoldError as error:
         raise RankfoldError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
@@ -68,10 +70,15 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def validate(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """`values` as a Recipe; every problem in one RankfoldError."""
+    return validate_part(Recipe, values, where)
+
+
+def validate_part(schema: type[Part], values: dict[str, Any], where: str) -> Part:
+    """`values` as one section of a recipe, with the same errors."""
     try:
-        return Recipe.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        raise RankfoldError(f"{where}: " + "; ".join(describe_errors(error, Recipe))) from None
+        raise RankfoldError(f"{where}: " + "; ".join(describe_errors(error, schema))) from None
 
 
 def write_recipe(recipe: Recipe) -> str:
@@ -147,7 +154,7 @@ def describe_errors(error: ValidationError, schema: type[BaseModel], prefix: str
 
 
 def _is_union_tag(part: Any) -> bool:
-    """Pydantic names the branch of a union it tried (`targets.str`, `targets.tuple[str, ...]`): no key of the user's."""
+    """Pydantic names the branch of a union it tried (`targets.str`, `targets.tuple[str, ...]`): no key of a recipe."""
     return part == "str" or (isinstance(part, str) and part.startswith("tuple["))
 
 

@@ -91,6 +91,7 @@ def make_report(
     ]
     own = {id(parameter) for parameter in adapter.parameters()}
     kind = args.device.type
+    cpu = f"{kind}, {torch.get_num_threads()} threads"
     return Report(
         before=scores[0],
         after=scores[-1],
@@ -105,7 +106,7 @@ def make_report(
         peak_memory=peak_memory(),
         seed=inputs.recipe.seed,
         versions=versions(),
-        device=torch.cuda.get_device_name(args.device) if kind == "cuda" else f"{kind}, {torch.get_num_threads()} threads",
+        device=torch.cuda.get_device_name(args.device) if kind == "cuda" else cpu,
         processes=args.world_size,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         samples=samples,
@@ -141,11 +142,12 @@ def markdown(recipe: Recipe, report: Report) -> str:
     share = report.parameters / report.model_parameters
     tokens = f"{report.tokens:,} tokens, " if report.tokens else ""
     dropped = f", {report.dropped_rows:,} left out (no answer within `data.max_length`)" if report.dropped_rows else ""
+    rows_used = f"{report.train_rows:,} rows trained on, {report.held_out_rows:,} held out{dropped}"
     facts = [
         ("Model", f"`{recipe.model.path}` ({report.model_parameters:,} parameters, {recipe.model.dtype})"),
         ("Method", f"`{json.dumps(recipe.method.model_dump(), ensure_ascii=False)}`"),
         ("Trained", f"{report.parameters:,} parameters ({share:.3%} of the model)"),
-        ("Data", f"`{recipe.data.path}`: {report.train_rows:,} rows to train on, {report.held_out_rows:,} held out{dropped}"),
+        ("Data", f"`{recipe.data.path}`: {rows_used}"),
         ("Training", f"{report.steps:,} steps, {tokens}{_duration(report.seconds)}"),
         ("Peak memory", ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in report.peak_memory.items())),
         ("Device", f"{report.device}, {report.processes} process{'es' * (report.processes > 1)}"),

@@ -11,7 +11,15 @@ from rankfold.errors import RankfoldError
 from rankfold.train.places import locate
 from rankfold.train.recipe import Data
 
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".md": "text"}
+_READERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".md": "text",
+}
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 
@@ -68,7 +76,8 @@ def read_rows(data: Data, place: str, split: str, key: str) -> datasets.Dataset:
         raise
     except Exception as error:  # readers raise anything from OSError to pyarrow's own; the cause is what helps
         cause = error.__cause__ or error
-        raise RankfoldError(f"{key}: cannot read {place}: {' '.join(str(cause).split()) or type(cause).__name__}") from error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise RankfoldError(f"{key}: cannot read {place}: {reason}") from error
 
 
 def _files(path: Path, key: str) -> tuple[str, Sequence[Path]]:
@@ -77,7 +86,8 @@ def _files(path: Path, key: str) -> tuple[str, Sequence[Path]]:
     readers = {_reader(f) for f in found}
     known = ", ".join(_READERS)
     if len(readers) > 1:
-        raise RankfoldError(f"{key}: {path} mixes kinds of files ({', '.join(sorted(map(str, readers)))}): name one file")
+        kinds = ", ".join(sorted(map(str, readers)))
+        raise RankfoldError(f"{key}: {path} mixes kinds of files ({kinds}): name one file")
     reader = readers.pop() if readers else None
     if reader is None:
         raise RankfoldError(f"{key}: {path} holds no data file; known are {known} (or .npz arrays of pictures)")
@@ -100,6 +110,7 @@ def _read_arrays(path: Path, data: Data) -> datasets.Dataset:
         pictures, labels = arrays[data.column("image")], arrays[data.column("label")]
     if pictures.dtype != np.uint8:
         pictures = (pictures * 255).round().clip(0, 255).astype(np.uint8)
-    features = datasets.Features({data.column("image"): datasets.Image(), data.column("label"): datasets.Value("string")})
-    columns = {data.column("image"): [Image.fromarray(p) for p in pictures], data.column("label"): [str(v) for v in labels]}
+    image, label = data.column("image"), data.column("label")
+    features = datasets.Features({image: datasets.Image(), label: datasets.Value("string")})
+    columns = {image: [Image.fromarray(picture) for picture in pictures], label: [str(value) for value in labels]}
     return datasets.Dataset.from_dict(columns, features=features)

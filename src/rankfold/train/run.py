@@ -13,7 +13,7 @@ import rankfold
 from rankfold.core.files import write_whole
 from rankfold.errors import RankfoldError
 from rankfold.train.display import Display
-from rankfold.train.errors import Interrupted
+from rankfold.train.errors import TrainingInterruptedError
 from rankfold.train.inputs import Inputs, load_inputs
 from rankfold.train.plan import Parts, build_parts, optimizer_class, training_arguments
 from rankfold.train.recipe import Recipe
@@ -24,7 +24,7 @@ from rankfold.train.schedule import Progress, make_schedule, total_steps
 from rankfold.train.trainer import ADAPTER, AdapterTrainer
 from rankfold.train.watch import BudgetWatch, Interrupt, Metrics, read_metrics, rewind_metrics
 
-# Keys that may differ when a run goes on: they change how long it runs and what it shows, not the mathematics of a step.
+# Keys that may differ when a run goes on: how long it runs and what it shows, but nothing a step computes.
 _FREE_ON_RESUME = {"budget", "log", "evaluate", "checkpoint", "samples"}
 
 
@@ -45,8 +45,8 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, display: 
 
     Raises:
         RankfoldError: something in the recipe cannot be used (the message names the key), or `output` is taken.
-        TrainingStopped: the loss is not finite, or the adapter gets no gradient.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+        TrainingStoppedError: the loss is not finite, or the adapter gets no gradient.
+        TrainingInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     output, display = Path(output), display or Display()
     main = PartialState().is_main_process
@@ -91,10 +91,11 @@ def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
         return
     saved, given = read_recipe(output / "recipe.yaml").model_dump(), recipe.model_dump()
     given["data"]["labels"] = given["data"]["labels"] or saved["data"]["labels"]
-    given["modules_to_save"] = saved["modules_to_save"] if given["modules_to_save"] is None else given["modules_to_save"]
+    if given["modules_to_save"] is None:
+        given["modules_to_save"] = saved["modules_to_save"]
     changed = sorted(key for key in given if given[key] != saved[key] and key not in _FREE_ON_RESUME)
     if changed:
-        raise RankfoldError(f"the run in {output} was started with another recipe: {', '.join(changed)} differ; it cannot be resumed")
+        raise RankfoldError(f"--resume: the run in {output} has another recipe, different in: {', '.join(changed)}")
 
 
 def _is_run(output: Path) -> bool:
@@ -110,7 +111,12 @@ def _last_checkpoint(output: Path) -> Path | None:
 def _attach(inputs: Inputs, parts: Parts, checkpoint: Path | None) -> rankfold.Adapter:
     recipe, model = inputs.recipe, inputs.model
     if checkpoint is not None:
-        return rankfold.load(model, checkpoint / ADAPTER, name=recipe.name)
+        adapter = rankfold.load(model, checkpoint / ADAPTER, name=recipe.name)
+        for _, tensor in adapter.named_tensors():
+            # Loaded tensors are views into one file. Matrix products may round differently at other addresses modulo
+            # 64, so each gets memory of its own, as it had in the run that is continued.
+            tensor.data = tensor.data.clone()
+        return adapter
     statistics = parts.init is not None and parts.init.needs(getattr(parts.method, "rank", 0))
     return rankfold.attach(
         model,
@@ -173,6 +179,4 @@ def _run(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     progress.stop()
     if interrupt.signal is not None and progress.share < 1:
-        raise Interrupted(trainer.state.global_step, interrupt.signal)
-
-
+        raise TrainingInterruptedError(trainer.state.global_step, interrupt.signal)

@@ -70,7 +70,8 @@ def generate(
         inputs = tokenizer(list(prompts), return_tensors="pt", padding=len(prompts) > 1, add_special_tokens=special)
     finally:
         tokenizer.padding_side = side
-    inputs = {k: v.to(next(model.parameters()).device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    device = next(model.parameters()).device
+    inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
     if options.get("do_sample") is False:  # else generate warns about the sampling settings of the model's own file
         options |= {"temperature": None, "top_p": None, "top_k": None}
     out = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **options)  # type: ignore[operator]

@@ -76,14 +76,14 @@ def make_schedule(schedule: Schedule, optimizer: Optimizer, progress: Progress) 
     total = progress.steps if by_steps and progress.steps is not None else 10_000
     warmup = schedule.warmup * total if schedule.warmup < 1 else schedule.warmup
     if not by_steps and schedule.warmup >= 1:
-        raise RankfoldError("schedule.warmup: a number of steps needs a budget in steps or epochs alone; give a share below 1")
+        raise RankfoldError("schedule.warmup: steps need a budget in steps or epochs alone; give a share below 1")
     try:
-        made = transformers.get_scheduler(schedule.name, optimizer, num_warmup_steps=round(warmup), num_training_steps=total)
+        made = transformers.get_scheduler(schedule.name, optimizer, round(warmup), total)
     except (ValueError, TypeError) as error:
         names = ", ".join(kind.value for kind in transformers.SchedulerType)
         raise RankfoldError(f"schedule.name: cannot use {schedule.name!r} ({error}); there are: {names}") from None
     if not isinstance(made, LambdaLR):  # reduce_lr_on_plateau and the like follow a metric, not the budget
-        raise RankfoldError(f"schedule.name: {schedule.name} does not follow the budget; use linear, cosine, constant, ...")
+        raise RankfoldError(f"schedule.name: {schedule.name} does not follow the budget; use linear, cosine, constant")
     if by_steps:
         return made
     shapes: list[Any] = made.lr_lambdas

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers.trainer_callback import TrainerCallback
@@ -17,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 import rankfold
 from rankfold.errors import RankfoldError
-from rankfold.train.errors import TrainingStopped
+from rankfold.train.errors import TrainingStoppedError
 from rankfold.train.evaluate import Score, evaluate
 from rankfold.train.recipe import Task
 
@@ -87,7 +88,8 @@ class AdapterTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        penalties = [p for technique in self.techniques if (p := technique.penalty()) is not None] if model.training else []
+        techniques = self.techniques if model.training else ()
+        penalties = [penalty for technique in techniques if (penalty := technique.penalty()) is not None]
         if penalties:
             # A loss that is a mean over the whole accumulated batch is not divided by the number of its parts any
             # more; the penalty, which comes with every part, still has to be.
@@ -114,7 +116,7 @@ class AdapterTrainer(transformers.Trainer):
 
     def _stop_diverged(self, what: str) -> None:
         self._save_checkpoint(self.model, None)  # the weights are those after the last good step
-        raise TrainingStopped(
+        raise TrainingStoppedError(
             f"{what} at step {self.state.global_step + 1}. The weights before that step are in "
             f"{self._checkpoint_dir() / ADAPTER}. A lower optimizer.lr, a warmup, or precision float32 usually helps"
         )
@@ -186,7 +188,7 @@ class AdapterTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def restore(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Take back what Rankfold's own parts kept in a checkpoint (`train(resume_from_checkpoint=...)` does it too)."""
+        """Take back what Rankfold's own parts kept in a checkpoint; `train(resume_from_checkpoint=...)` does it too."""
         state = torch.load(Path(checkpoint) / STATE, weights_only=True)
         for technique, saved in zip(self.techniques, state["techniques"], strict=True):
             technique.on_load(saved)
@@ -195,7 +197,7 @@ class AdapterTrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is None:  # else the model is sharded by now, and was loaded before it was
-            self.adapter.load_state_dict(_tensors(Path(resume_from_checkpoint) / ADAPTER))
+            self.adapter.load_state_dict(load_file(Path(resume_from_checkpoint) / ADAPTER / "adapter.safetensors"))
         self.restore(resume_from_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -225,9 +227,9 @@ class _AroundStep(TrainerCallback):
 
 
 def check_alive(adapter: rankfold.Adapter) -> None:
-    """Raise TrainingStopped if, after a backward pass, not one gradient of the adapter differs from zero."""
+    """Raise TrainingStoppedError if, after a backward pass, not one gradient of the adapter differs from zero."""
     if not any(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters()):
-        raise TrainingStopped(
+        raise TrainingStoppedError(
             f"adapter {adapter.name!r} is dead: the gradient of each of its {adapter.num_parameters():,} parameters is "
             "exactly zero, so it can never train. Is it active, do its targets lie on the path from inputs to loss, "
             "and does any label carry loss?"
@@ -241,7 +243,8 @@ def parameter_groups(
 
     Raises RankfoldError where two techniques ask, or where the groups do not hold each parameter once.
     """
-    asked = [(t, list(groups)) for t in techniques if (groups := t.parameter_groups(adapter, lr, weight_decay)) is not None]
+    answers = [(technique, technique.parameter_groups(adapter, lr, weight_decay)) for technique in techniques]
+    asked = [(technique, list(groups)) for technique, groups in answers if groups is not None]
     if len(asked) > 1:
         slugs = " and ".join(t.slug for t, _ in asked)
         raise RankfoldError(f"callbacks: {slugs} both set the optimiser's parameter groups; keep one")

@@ -15,7 +15,7 @@ from rankfold.core.files import write_whole
 from rankfold.train.schedule import Progress
 
 # Trainer's names for what it logs, and ours.
-_NAMES = {"learning_rate": "lr", "num_input_tokens_seen": "tokens", "train_tokens_per_second": "tokens_per_second"}
+_NAMES = {"learning_rate": "lr", "num_input_tokens_seen": "tokens"}
 
 
 class Metrics(TrainerCallback):
@@ -28,7 +28,9 @@ class Metrics(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        # Names that begin with train_ are Trainer's averages over the whole run.
+        logs = {key: value for key, value in (logs or {}).items() if not key.startswith("train_")}
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
             return
         values = {_NAMES.get(key, key.replace("eval_", "held_out_")): value for key, value in logs.items()}
         line = json.dumps({"step": state.global_step, "seconds": round(self.progress.seconds, 3), **values})
@@ -67,16 +69,14 @@ class BudgetWatch(TrainerCallback):
         self.progress.step = state.global_step + 1
         self.progress.tokens = int(state.num_input_tokens_seen)
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if self.progress.share >= 1:
             control.should_training_stop = control.should_evaluate = control.should_save = True
         return control
 
 
 class Interrupt(TrainerCallback):
-    """Turns Ctrl-C (and SIGTERM) into a checkpoint at the end of the step and an orderly stop. A second one is at once."""
+    """Turns Ctrl-C (or SIGTERM) into a checkpoint after the step and an orderly stop; a second one stops at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -102,9 +102,7 @@ class Interrupt(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if self.signal is not None:
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False

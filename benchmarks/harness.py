@@ -1,0 +1,118 @@
+"""What every benchmark shares: interleaved timing on a machine that others use too, the machine's description, JSON out."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Sides = Mapping[str, Callable[[], Any]]
+
+
+def interleaved(
+    sides: Sides, rounds: int = 15, warmup: int = 2, others: float = 0.05, patience: float = 300.0
+) -> dict[str, list[float]]:
+    """Seconds of each side, `rounds` samples each, taken in turn: a, b, c, b, c, a, ...
+
+    A sample during which other processes used over `others` of the machine's processors is thrown away and taken
+    again: two threads that wait for each other on a busy core take several times as long, and not in proportion.
+    After `patience` seconds whatever comes is taken.
+    """
+    for _ in range(warmup):
+        for run in sides.values():
+            run()
+    samples: dict[str, list[float]] = {name: [] for name in sides}
+    names, end, turn = list(sides), time.monotonic() + patience, 0
+    while min(map(len, samples.values())) < rounds:
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if len(samples[name]) >= rounds:
+                continue
+            share, started = _others(), time.perf_counter()
+            sides[name]()
+            seconds = time.perf_counter() - started
+            if share() <= others or time.monotonic() > end:
+                samples[name].append(seconds)
+            else:
+                time.sleep(0.2)
+        turn += 1
+    return samples
+
+
+def _others() -> Callable[[], float]:
+    """A function that tells which share of all processors other processes used since this call."""
+
+    def busy() -> tuple[float, float, float]:
+        try:
+            ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except OSError:
+            return 0.0, 0.0, 0.0
+        used = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for disks
+        return used, sum(os.times()[:2]), time.perf_counter()
+
+    before = busy()
+
+    def share() -> float:
+        used, own, wall = (b - a for a, b in zip(before, busy(), strict=True))
+        return max(0.0, used - own - 0.02) / (wall * (os.cpu_count() or 1)) if wall else 0.0  # clock ticks are coarse
+
+    return share
+
+
+def ratios(samples: Mapping[str, list[float]], base: str) -> dict[str, float]:
+    """Median over median, to the side `base`."""
+    return {name: statistics.median(times) / statistics.median(samples[base]) for name, times in samples.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads and versions; nothing that names the machine."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "cpu": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def arguments(description: str, **defaults: int) -> argparse.Namespace:
+    """`--json PATH`, `--threads N` and one integer option for each default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--threads", type=int, default=2)
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    return given
+
+
+def report(given: argparse.Namespace, benchmark: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Print the rows as a table and write them, with the machine, to `--json`."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([_cell(row.get(c, "")) for c in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    if given.json:
+        date = datetime.date.today().isoformat()
+        result = {"benchmark": benchmark, "date": date, "machine": machine(), "rows": rows, **more}
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

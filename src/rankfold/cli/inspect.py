@@ -1,0 +1,65 @@
+"""`rankfold inspect`: what a saved adapter is, from its files alone."""
+
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from rankfold.cli._common import JsonOption, print_json, stdout
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: rankfold inspect runs/gsm8k/adapter")(inspect)
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a saved adapter, or its hub id.")],
+    json: JsonOption = False,
+) -> None:
+    """Show what a saved adapter is: method, targets, size, base model. Loads no model and no weights."""
+    from rankfold.core.checkpoint import read
+
+    file = read(adapter)
+    if json:
+        tensors = {
+            name: {"dtype": str(entry.dtype).removeprefix("torch."), "shape": list(entry.shape)}
+            for name, entry in file.tensors.items()
+        }
+        print_json({**file.document.model_dump(by_alias=True), "bytes": file.bytes, "tensors": tensors})
+        return
+
+    from rich.table import Table
+
+    document = file.document
+    # Blocks of one model repeat: layers.0.q_proj, layers.1.q_proj, ... are one line.
+    sites = document.sites.items()
+    kinds = Counter((_last(name), site.kind, "×".join(map(str, site.shape))) for name, site in sites)
+    init = "the method's own"
+    if document.init is not None:
+        init = _component(document.init) + (", folded" if document.fold else "")
+    facts = {
+        "name": document.name,
+        "method": _component(document.method),
+        "init": init,
+        "base": str(document.base),
+        "parameters": f"{file.num_parameters():,} in {len(file.tensors)} tensors, {file.bytes / 2**20:.2f} MiB",
+        "in full": ", ".join(document.modules) or "none",
+        "seed": str(document.seed),
+        "written by": f"rankfold {document.rankfold}, format {document.format}",
+    }
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        stdout.print(f"[bold]{key:<{width}}[/bold]  {value}", highlight=False, soft_wrap=True)
+    table = Table("layer", "kind", "shape", "count")
+    for (name, kind, shape), count in kinds.items():
+        table.add_row(name, kind, shape, str(count))
+    stdout.print(table)
+
+
+def _last(site: str) -> str:
+    return site.rpartition(".")[2]
+
+
+def _component(described: dict[str, Any]) -> str:
+    hyper = ", ".join(f"{key}={value}" for key, value in described.items() if key != "name")
+    return f"{described['name']}({hyper})"

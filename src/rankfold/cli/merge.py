@@ -1,0 +1,43 @@
+"""`rankfold merge`: an adapter written into its base model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankfold.cli._common import (
+    AdapterOption,
+    DtypeOption,
+    ModelOption,
+    RecipeOption,
+    load_adapter,
+    load_base,
+    say,
+    stderr,
+)
+from rankfold.errors import RankfoldError
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: rankfold merge --model BASE --adapter runs/gsm8k/adapter --output merged")(merge)
+
+
+def merge(
+    model: ModelOption,
+    adapter: AdapterOption,
+    output: Annotated[Path, typer.Option("--output", help="New folder for the merged model.")],
+    dtype: DtypeOption = "float32",
+    recipe: RecipeOption = None,
+) -> None:
+    """Write an adapter into its base model and save the result as an ordinary Transformers model."""
+    import rankfold
+    from rankfold.train.models import save_directory
+
+    if output.exists() and any(output.iterdir()):
+        raise RankfoldError(f"--output: {output} is not empty")
+    loaded = load_base(model, dtype, recipe)
+    name = load_adapter(loaded, adapter).name
+    with stderr.status("merging and saving"):
+        rankfold.merge(loaded.model, name)
+        save_directory(loaded, output)
+    say([f"merged model: {output}"])

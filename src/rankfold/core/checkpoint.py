@@ -1,0 +1,547 @@
+"""Adapters on disk: a folder with `adapter.safetensors` (the tensors) and `adapter.json` (what they are).
+
+The document of `adapter.json` also stands in the metadata of the tensor file, so that one file is a whole adapter: a
+save that was cut off between the two leaves either the old adapter or the new one. A random id, the same in both, tells
+whether they belong together. Everything read from a file is checked before it is used, and the model is changed last.
+"""
+
+import hashlib
+import json
+import re
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
+from torch import Tensor, nn
+
+import rankfold
+from rankfold.core import fingerprint
+from rankfold.core.adapter import (
+    _NAME,
+    Adapter,
+    _find_state,
+    _fold,
+    build_adapter,
+    check_finite,
+    check_layout,
+    state_of,
+)
+from rankfold.core.component import Component, build
+from rankfold.core.delta import Site
+from rankfold.core.files import MAX_JSON, open_inside, parse_json, write_whole
+from rankfold.core.layers import kind_of
+from rankfold.core.method import Init, Method
+from rankfold.core.seeded import Bases
+from rankfold.core.targets import Target, _inside_adapter
+from rankfold.core.tensorfile import Entry, TensorFile
+from rankfold.errors import AdapterFileError, RankfoldError, UnsupportedError
+
+FORMAT = 1
+TENSORS, DOCUMENT = "adapter.safetensors", "adapter.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+# Relative distances of the sampled base weights: a 16-bit copy is at 0.003, four bits at 0.1, another model at 1.4.
+_NOTABLE, _FOREIGN = 0.02, 0.5
+
+_Described = dict[str, JsonValue]
+_Size = Annotated[int, Field(ge=0, lt=1 << 48)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class SiteRecord(_Strict):
+    """One adapted weight: its kind, shape `[*experts, out, in]`, the delta's dtype, the hyperparameters it has of its own."""
+
+    kind: str
+    shape: Annotated[list[_Size], Field(min_length=2, max_length=3)]
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    method: _Described
+
+
+class Base(_Strict):
+    """The base model: see `fingerprint`."""
+
+    class_: str = Field(alias="class")
+    name_or_path: str
+    parameters: int
+    sample: Annotated[dict[str, Annotated[list[FiniteFloat], Field(max_length=fingerprint.VALUES)]], Field(max_length=64)]
+
+    def __str__(self) -> str:
+        name = f" {self.name_or_path!r}" if self.name_or_path else ""
+        return f"{self.class_[:80]!r}{name} of {self.parameters:,} parameters"
+
+
+class Document(_Strict):
+    """What `adapter.json` says. `sha256` is over the tensors; `fold` whether the offset was folded into the weights."""
+
+    format: Literal[1]
+    rankfold: str
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    name: Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+    method: _Described
+    init: _Described | None
+    fold: bool
+    targets: str | list[str] | None
+    sites: dict[str, SiteRecord]
+    modules: list[str]
+    base: Base
+    sha256: str
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter on disk, known without its tensors and without a model: the document, and what the tensors are."""
+
+    path: Path
+    document: Document
+    tensors: Mapping[str, Entry]
+    bytes: int
+
+    def num_parameters(self) -> int:
+        """How many numbers the file holds, frozen ones included."""
+        return sum(entry.numel for entry in self.tensors.values())
+
+
+# ---- saving
+
+
+def save(model: nn.Module, path: str | Path, name: str | None = "default") -> Path:
+    """Write an adapter (`None`: the active one) into the folder `path`, replacing the one there.
+
+    Each file is written whole or not at all: after a full disk or Ctrl-C the folder holds the old adapter or the new one.
+
+    Raises:
+        RankfoldError: no such adapter, `path` is a file, or a tensor holds NaN or infinity; the folder is unchanged.
+    """
+    state = state_of(model)
+    name = state.active if name is None else name
+    if name is None:
+        raise RankfoldError(f"no adapter is active: name one of {', '.join(state.adapters)}")
+    adapter: Adapter = state.adapters[state.check(name)]
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise RankfoldError(f"{path} is a file; an adapter is saved into a folder")
+    tensors = _apart(adapter.state_dict())
+    check_finite(tensors, f"adapter {name!r} is not saved")
+    text = _text(_describe(adapter, tensors, state.originals))
+    if len(text) > MAX_JSON // 4:
+        raise RankfoldError(f"{len(adapter.deltas):,} adapted layers need a document of {len(text):,} bytes, more than can be read back")
+
+    def write(file: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(tensors, file, metadata={"format": "pt", "rankfold": text})
+
+    write_whole(path / TENSORS, write)
+    write_whole(path / DOCUMENT, text)
+    return path
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and no two at the same place in memory (tied weights of a module that is trained in full)."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        apart[name] = tensor.clone() if tensor.numel() and tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart
+
+
+def _describe(adapter: Adapter, tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> dict[str, Any]:
+    common = adapter.method.describe()
+
+    def own(site: str) -> dict[str, Any]:
+        described = adapter.methods.get(site, adapter.method).describe()
+        return {key: value for key, value in described.items() if value != common.get(key)}
+
+    return {
+        "format": FORMAT,
+        "rankfold": rankfold.__version__,
+        "id": secrets.token_hex(16),
+        "name": adapter.name,
+        "seed": adapter.seed,
+        "method": common,
+        "init": None if adapter.init is None else adapter.init.describe(),
+        "fold": any(delta.is_folded for delta in adapter.deltas.values()),
+        "targets": adapter.targets,
+        "sites": {
+            site.name: {
+                "kind": site.kind,
+                "shape": [*site.batch, site.out, site.in_],
+                "dtype": str(site.dtype).removeprefix("torch."),
+                "method": own(site.name),
+            }
+            for site in adapter.sites
+        },
+        "modules": list(adapter.modules),
+        "base": fingerprint.fingerprint(adapter.model, adapter.sites, originals),
+        "sha256": _digest(tensors),
+    }
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    """JSON with a line for each key and each site, for people and for diffs."""
+
+    def line(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    lines = []
+    for key, value in document.items():
+        if key == "sites":
+            sites = ",\n".join(f"    {line(site)}: {line(record)}" for site, record in value.items())
+            lines.append(f'  "sites": {{\n{sites}\n  }}')
+        else:
+            lines.append(f"  {line(key)}: {line(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Over names, dtypes, shapes and bytes, in the order of the names: catches what a bad disk or copy changed."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---- reading
+
+
+def read(path: str | Path) -> AdapterFile:
+    """What an adapter on disk is, from its headers alone: no tensor is loaded and no model is needed.
+
+    `path` is a folder, or a Hugging Face Hub id (`org/name`). Raises AdapterFileError as `load` does.
+    """
+    with _opened(path) as (folder, file, document):
+        return AdapterFile(folder, document, file.entries, file.size)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Path, TensorFile, Document]]:
+    """The folder, its tensor file with the header checked, and the document that belongs to it."""
+    folder = _folder(path)
+    try:
+        handle = open_inside(folder, TENSORS)
+    except FileNotFoundError:
+        raise AdapterFileError(f"{folder} holds no {TENSORS}{_what_else(folder)}") from None
+    with handle:
+        file = TensorFile(handle, str(folder / TENSORS))
+        yield folder, file, _document(folder, file)
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    try:
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise AdapterFileError(f"{folder} is a file: give the folder that holds {TENSORS}")
+    except (OSError, ValueError) as error:  # an impossible path: too long, or with a NUL in it
+        if isinstance(error, AdapterFileError):
+            raise
+        raise AdapterFileError(f"{str(path)[:200]!r} is no path: {error}") from None
+    if not _HUB_ID.fullmatch(str(path)):
+        raise AdapterFileError(f"there is no folder {str(path)!r}: give the folder that `rankfold.save` wrote, or a hub id such as 'org/name'")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(path), allow_patterns=[TENSORS, DOCUMENT]))
+    except Exception as error:  # the hub client raises a dozen types, of its own and of the HTTP library below it
+        reason = str(error).strip().splitlines() or [""]
+        raise AdapterFileError(
+            f"there is no folder {str(path)!r}, and it cannot be downloaded from the Hugging Face Hub: {type(error).__name__}: {reason[0]}"
+        ) from error
+
+
+def _what_else(folder: Path) -> str:
+    if (folder / "adapter_config.json").exists():
+        return ", but a PEFT adapter: read it with rankfold.import_peft"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        return ", but a pickle, which can run any code when it is opened: Rankfold reads safetensors files only"
+    return ": give the folder that `rankfold.save` wrote"
+
+
+def _document(folder: Path, file: TensorFile) -> Document:
+    what = f"{folder / TENSORS}: the embedded document"
+    if "rankfold" not in file.metadata:
+        raise AdapterFileError(f"{folder / TENSORS} is a safetensors file, but no adapter of Rankfold: its metadata holds no document")
+    embedded = file.metadata["rankfold"].encode(errors="surrogatepass")
+    document = _check_document(embedded, what)
+    beside = _read_beside(folder)
+    if beside is None or beside == embedded:
+        return document
+    other = _check_document(beside, str(folder / DOCUMENT))
+    if other.id == document.id and other != document:
+        raise AdapterFileError(
+            f"{folder / DOCUMENT} was changed after it was saved: it and its copy inside {TENSORS} have one id and differ in "
+            f"{', '.join(key for key in Document.model_fields if getattr(other, key) != getattr(document, key))}. "
+            f"Delete {DOCUMENT} to load what was saved"
+        )
+    return document  # with another id, the save was cut off after the tensor file, which is whole, or goes on right now
+
+
+def _read_beside(folder: Path) -> bytes | None:
+    try:
+        handle = open_inside(folder, DOCUMENT)
+    except FileNotFoundError:
+        return None
+    with handle:
+        data = b""
+        while len(data) <= MAX_JSON and (part := handle.read(MAX_JSON + 1 - len(data))):
+            data += part
+    if len(data) > MAX_JSON:
+        raise AdapterFileError(f"{folder / DOCUMENT} is larger than {MAX_JSON:,} bytes, more than an adapter's document")
+    return data
+
+
+def _check_document(data: bytes, what: str) -> Document:
+    parsed = parse_json(data, what)
+    if not isinstance(parsed, dict):
+        raise AdapterFileError(f"{what} is no JSON object")
+    version = parsed.get("format")
+    if type(version) is int and version != FORMAT:
+        fix = "upgrade Rankfold to read it" if version > FORMAT else "no such format was ever written: the file is damaged"
+        raise AdapterFileError(
+            f"{what} has format {version}, written by Rankfold {str(parsed.get('rankfold'))[:40]!r}; this is {rankfold.__version__}, which "
+            f"reads format {FORMAT}: {fix}"
+        )
+    try:
+        document = Document.model_validate(parsed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"]))[:200]
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise AdapterFileError(f"{what}: {at!r}: {first['msg']}{more}; it is damaged or was edited: save or fetch it again") from None
+    for path in (*document.sites, *document.modules):
+        if not path.isprintable() or not all(path.split(".")) or _inside_adapter(path) or len(path) > 1000:
+            raise AdapterFileError(f"{what}: {path[:200]!r} is no path of a layer: the file is damaged or hostile")
+    if len(set(document.modules)) != len(document.modules):
+        raise AdapterFileError(f"{what}: a module is listed twice among the modules: the file is damaged")
+    if unknown := [site for site in document.base.sample if site not in document.sites]:
+        raise AdapterFileError(f"{what}: the base is sampled at {unknown[0][:200]!r}, which is none of the sites: the file is damaged")
+    return document
+
+
+# ---- loading
+
+
+def load(
+    model: nn.Module,
+    path: str | Path,
+    name: str | None = None,
+    *,
+    active: bool = True,
+    strict: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """Attach a saved adapter to the model it was trained on, or to another copy of it (16-bit, quantised, merged over).
+
+    Args:
+        model: the base model; other adapters may be attached.
+        path: the folder that `save` wrote, or a Hugging Face Hub id (`org/name`).
+        name: what to call it here; default: the name it was saved under.
+        active: whether plain forwards use it from now on.
+        strict: refuse a base whose weights are another model's; with False, warn. A layer that is missing or has
+            another shape is always refused.
+        dtype: of the adapter's parameters; default: as saved.
+
+    Raises:
+        AdapterFileError: the files are missing, damaged or hostile, or were made for another model; the message names
+            the file, the cause and the fix.
+        RankfoldError: the name is taken or malformed.
+
+    The model is unchanged then.
+    """
+    with _opened(path) as (folder, file, document):
+        what = str(folder / TENSORS)
+        method = _component(document.method, Method, what)
+        init = None if document.init is None else _component(document.init, Init, what)
+        state = _find_state(model)
+        root = _unwrapped(model) if state is None else state.model
+        matched = [_target(root, site, record, document, what, dtype) for site, record in document.sites.items()]
+        methods = _own_methods(method, document, what)
+        copies = {path: _module(root, path, file.entries, document, what) for path in document.modules}
+        _check_size(method, methods, [target.site for target in matched], file, what)
+        _check_base(root, document, [t.site for t in matched], {} if state is None else state.originals, strict, what)
+
+        def fill(adapter: Adapter) -> None:
+            _take(adapter, file, document, what)
+
+        try:
+            return build_adapter(
+                root,
+                matched,
+                method,
+                methods,
+                document.name if name is None else name,
+                fill,
+                init=init,
+                seed=document.seed,
+                targets=document.targets,
+                copies=copies,
+                active=active,
+            )
+        except UnsupportedError as error:
+            raise AdapterFileError(f"{what}: {error}") from error
+        except (MemoryError, OverflowError, RuntimeError) as error:
+            raise AdapterFileError(f"{what}: the deltas it asks for cannot be made: {error}") from error
+
+
+def _component(described: Mapping[str, Any], axis: type[Component], what: str) -> Any:
+    hyperparameters = dict(described)
+    slug = hyperparameters.pop("name", None)
+    if not isinstance(slug, str):
+        raise AdapterFileError(f"{what}: the {axis.__name__.lower()} has no name: the document is damaged")
+    try:
+        built = build(slug, **hyperparameters)
+    except RankfoldError as error:
+        raise AdapterFileError(f"{what}: {error}. If {slug!r} is yours, import the file that defines it first; if it is newer, upgrade Rankfold") from None
+    if not isinstance(built, axis):
+        raise AdapterFileError(f"{what}: {slug!r} is of the axis {type(built).axis!r}, where a {axis.__name__.lower()} belongs")
+    return built
+
+
+def _own_methods(method: Method, document: Document, what: str) -> dict[str, Method]:
+    """The method of each site; sites with the same hyperparameters share one."""
+    made: dict[str, Method] = {"{}": method}
+    methods = {}
+    for site, record in document.sites.items():
+        key = json.dumps(record.method, sort_keys=True) if record.method else "{}"
+        if key not in made:
+            made[key] = _component({**document.method, **record.method}, Method, f"{what}: {site}")
+        methods[site] = made[key]
+    return methods
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s and distributed wrappers, whose names are the ones in the file."""
+    while True:
+        if "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        else:
+            return model
+        assert isinstance(inner, nn.Module)
+        model = inner
+
+
+def _find(model: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at the path, through children only: a file's text never reaches `getattr`."""
+    found: nn.Module | None = model
+    for part in path.split("."):
+        found = found._modules.get(part)
+        if found is None:
+            return None
+    return found
+
+
+def _target(model: nn.Module, name: str, record: SiteRecord, document: Document, what: str, dtype: torch.dtype | None) -> Target:
+    path = name.rpartition(".")[0] if record.kind == "experts" else name
+    layer = _find(model, path) if path else None
+    shape = "×".join(map(str, record.shape))
+    trained_on = f"it was trained on {document.base}, so load that model"
+    mixin = None if layer is None else kind_of(layer)
+    if layer is None or mixin is None:
+        there = "no such layer" if layer is None else f"a {type(layer).__name__} there, which no delta can sit on"
+        raise AdapterFileError(f"{what} adapts {name!r} ({record.kind[:40]!r}, {shape}), and this {type(model).__name__} has {there}; {trained_on}")
+    for site in mixin.sites(path, layer):
+        if site.name == name:
+            ours = [*site.batch, site.out, site.in_]
+            if site.kind != record.kind or ours != record.shape:
+                raise AdapterFileError(
+                    f"{what} adapts {name!r} as {record.kind[:40]!r} of {shape}, and in this {type(model).__name__} it is "
+                    f"{site.kind!r} of {'×'.join(map(str, ours))}; {trained_on}"
+                )
+            site.dtype = getattr(torch, record.dtype) if dtype is None else dtype
+            return Target(site, mixin, path, layer)
+    raise AdapterFileError(f"{what} adapts {name!r} ({shape}), and the {type(layer).__name__} there has no such weight; {trained_on}")
+
+
+def _module(model: nn.Module, path: str, entries: Mapping[str, Entry], document: Document, what: str) -> nn.Module:
+    """The module that the file holds in full; its tensors are compared before it is copied."""
+    module = _find(model, path)
+    trained_on = f"it was trained on {document.base}, so load that model"
+    if module is None:
+        raise AdapterFileError(f"{what} holds the module {path!r} in full, and this {type(model).__name__} has none there; {trained_on}")
+    for name, parameter in module.named_parameters():
+        if _inside_adapter(name):
+            continue
+        entry = entries.get(f"modules.{path}.{name}")
+        if entry is None or entry.shape != tuple(parameter.shape):
+            theirs = "no such tensor" if entry is None else f"one of {'×'.join(map(str, entry.shape))}"
+            raise AdapterFileError(
+                f"{what}: {path}.{name} has shape {'×'.join(map(str, parameter.shape))} here, and the file holds {theirs}; {trained_on}"
+            )
+    return module
+
+
+def _check_size(method: Method, methods: Mapping[str, Method], sites: Sequence[Site], file: TensorFile, what: str) -> None:
+    """Refuse hyperparameters that ask for more numbers than the file holds, before any memory is asked for."""
+    try:
+        needed = sum(site.count * methods[site.name].count(site) for site in sites) + method.shared_count(sites)
+    except (ArithmeticError, MemoryError) as error:
+        raise AdapterFileError(f"{what}: the hyperparameters of {method.slug!r} make no sense: {error}") from None
+    held = sum(entry.numel for entry in file.entries.values())
+    if needed > held:
+        raise AdapterFileError(
+            f"{what}: {method!r} on {len(sites)} sites needs {needed:,} numbers and the file holds {held:,}: the document and the "
+            "tensors do not belong together; save or fetch it again"
+        )
+
+
+def _check_base(
+    model: nn.Module, document: Document, sites: Sequence[Site], originals: Mapping[str, Tensor], strict: bool, what: str
+) -> None:
+    theirs = document.base.sample
+    sampled = {site.name: fingerprint.sample(site, originals) for site in sites if site.name in theirs}
+    ours = {name: values for name, values in sampled.items() if values is not None}
+    error = fingerprint.difference(theirs, ours)
+    if error <= _NOTABLE:
+        return
+    here = Base.model_validate({**fingerprint.about(model), "sample": {}})
+    compared = (
+        f"{what}: the weights of this model differ from those the adapter was trained on by {error:.2g} "
+        f"(relative, sampled in {len(ours)} layers). It was trained on {document.base}; this is {here}"
+    )
+    if error <= _FOREIGN:
+        warnings.warn(f"{compared}. A quantised or further trained base looks like that; the adapter is loaded", stacklevel=4)
+    elif strict:
+        raise AdapterFileError(f"{compared}. These are another model's weights: load the model it was trained on, or pass strict=False")
+    else:
+        warnings.warn(f"{compared}. These are another model's weights; the adapter is loaded since strict=False", stacklevel=4)
+
+
+def _take(adapter: Adapter, file: TensorFile, document: Document, what: str) -> None:
+    """Make the file's tensors the adapter's own, once names, shapes and dtypes fit: nothing is copied, they share one storage."""
+    for site, delta in adapter.deltas.items():
+        offset = (f"deltas.{site}.B0", f"deltas.{site}.A0")
+        if delta.startable and "A0" not in delta._buffers and all(name in file.entries for name in offset):
+            delta.register_buffer("B0", torch.empty_like(delta.B, requires_grad=False))
+            delta.register_buffer("A0", torch.empty_like(delta.A, requires_grad=False))
+    if isinstance(adapter.shared, Bases):  # bases that are not their seed's: an adapter that another library made
+        adapter.shared.keep(**{name: own for name, own in adapter.shared.named_buffers() if f"shared.{name}" in file.entries})
+    own = dict(adapter.named_tensors())
+    check_layout(own, file.entries, what, AdapterFileError)
+    tensors = file.tensors()
+    if _digest(tensors) != document.sha256:
+        raise AdapterFileError(f"{what}: the tensors are not those that were saved (their sha256 differs): the file is damaged; fetch or save it again")
+    fitted = {name: tensors[name].to(device=mine.device, dtype=mine.dtype) for name, mine in own.items()}
+    check_finite(fitted, what, AdapterFileError)
+    for name, mine in own.items():
+        mine.data = fitted[name]
+    if document.fold:
+        for delta in adapter.deltas.values():
+            if "A0" not in delta._buffers:
+                raise AdapterFileError(f"{what}: the offset is folded, it says, and there is none at {delta.site.name}: the document is damaged")
+            _fold(delta)

@@ -1,0 +1,1 @@
+"""Penalties and losses added to the training objective: one file a method."""

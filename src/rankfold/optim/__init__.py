@@ -1,0 +1,1 @@
+"""How the adapter's parameters are stepped: one file a method."""

@@ -1,0 +1,23 @@
+"""Settings for every test: no hub is asked for anything, and test workers share the cores."""
+
+import os
+
+# Read when these libraries are first imported, so they stand before any import; subprocesses of tests inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_threads = max(1, (os.cpu_count() or 1) // _workers)
+os.environ["OMP_NUM_THREADS"] = str(_threads)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(_threads)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Every test starts from the same seed, whatever ran before it in the same worker."""
+    torch.manual_seed(0)
