@@ -40,13 +40,14 @@ demo: $(READY) ## Fine-tune a real language model, report the gain, and open the
 	rm -rf $(DEMO)
 	$(BIN)/rankfold train examples/demo/recipe.yaml --output $(DEMO)
 	$(BIN)/rankfold export --model $(SMOLLM2) --adapter $(DEMO)/adapter --output $(DEMO)/peft
+	$(BIN)/python examples/demo/check_loss.py $(DEMO)
 	$(BIN)/python examples/demo/check_peft.py $(DEMO)
 	@echo
 	@echo "report:     $(DEMO)/report.md"
 	@echo "loss curve: $(DEMO)/loss.png"
 
 test: $(READY) ## Run the test suite
-	RANKFOLD_REQUIRE_ASSETS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST)
+	RANKFOLD_REQUIRE_ASSETS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST)
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check

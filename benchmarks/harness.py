@@ -17,26 +17,44 @@ Sides = Mapping[str, Callable[[], Any]]
 
 
 def interleaved(
-    sides: Sides, rounds: int = 15, warmup: int = 2, others: float = 0.05, patience: float = 300.0
+    sides: Sides,
+    rounds: int = 15,
+    warmup: int = 2,
+    repeat: int = 1,
+    after: Sides | None = None,
+    others: float = 0.05,
+    patience: float = 60.0,
 ) -> dict[str, list[float]]:
     """Seconds of each side, `rounds` samples each, taken in turn: a, b, c, b, c, a, ...
 
+    A sample is the mean of `repeat` runs (for what takes milliseconds). `after[name]` undoes a run, untimed.
     A sample during which other processes used over `others` of the machine's processors is thrown away and taken
     again: two threads that wait for each other on a busy core take several times as long, and not in proportion.
     After `patience` seconds whatever comes is taken.
     """
+    after = after or {}
+
+    def sample(name: str) -> float:
+        seconds = 0.0
+        for _ in range(repeat):
+            started = time.perf_counter()
+            sides[name]()
+            seconds += time.perf_counter() - started
+            if name in after:
+                after[name]()
+        return seconds / repeat
+
     for _ in range(warmup):
-        for run in sides.values():
-            run()
+        for name in sides:
+            sample(name)
     samples: dict[str, list[float]] = {name: [] for name in sides}
     names, end, turn = list(sides), time.monotonic() + patience, 0
     while min(map(len, samples.values())) < rounds:
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if len(samples[name]) >= rounds:
                 continue
-            share, started = _others(), time.perf_counter()
-            sides[name]()
-            seconds = time.perf_counter() - started
+            share = _others()
+            seconds = sample(name)
             if share() <= others or time.monotonic() > end:
                 samples[name].append(seconds)
             else:
@@ -68,6 +86,21 @@ def _others() -> Callable[[], float]:
 def ratios(samples: Mapping[str, list[float]], base: str) -> dict[str, float]:
     """Median over median, to the side `base`."""
     return {name: statistics.median(times) / statistics.median(samples[base]) for name, times in samples.items()}
+
+
+def table(samples: Mapping[str, list[float]], base: str, targets: Mapping[str, float], **common: Any) -> list[dict[str, Any]]:
+    """A row for each side: median and smallest milliseconds, ratio to `base`, the target on that ratio."""
+    return [
+        {
+            **common,
+            "side": name,
+            "median ms": statistics.median(times) * 1e3,
+            "min ms": min(times) * 1e3,
+            f"over {base}": ratios(samples, base)[name],
+            "target": targets.get(name, ""),
+        }
+        for name, times in samples.items()
+    ]
 
 
 def machine() -> dict[str, Any]:

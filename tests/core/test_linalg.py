@@ -60,7 +60,13 @@ def test_rank_cuts_the_leading_components():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_dtypes_are_decomposed_in_float32(dtype):
     M = matrix(6, 4, dtype=dtype)
-    for part in (*svd(M), *randomised_svd(M, 2, rng()), *svd_of_product(M, M.T), *truncate(M, M.T, 2), orthonormalise(M)):
+    for part in (
+        *svd(M),
+        *randomised_svd(M, 2, rng()),
+        *svd_of_product(M, M.T),
+        *truncate(M, M.T, 2),
+        orthonormalise(M),
+    ):
         assert part.dtype == torch.float32
 
 
@@ -162,6 +168,11 @@ def test_orthonormalise():
 def test_non_finite_matrices_are_refused(bad):
     M = torch.eye(4)
     M[1, 2] = bad
-    for decompose in (svd, orthonormalise, lambda M: randomised_svd(M, 2, rng()), lambda M: truncate(M, torch.eye(4), 2)):
+    for decompose in (
+        svd,
+        orthonormalise,
+        lambda M: randomised_svd(M, 2, rng()),
+        lambda M: truncate(M, torch.eye(4), 2),
+    ):
         with pytest.raises(RankfoldError, match="NaN or infinity"):
             decompose(M)

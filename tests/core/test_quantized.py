@@ -51,7 +51,9 @@ def twin(model: nn.Module) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def attach(model: nn.Module, slug: str, name: str = "default", targets: tuple[str, ...] = ("0", "2")) -> rankfold.Adapter:
+def attach(
+    model: nn.Module, slug: str, name: str = "default", targets: tuple[str, ...] = ("0", "2")
+) -> rankfold.Adapter:
     hyper = {"feedforward": []} if slug == "ia3" else {}
     return rankfold.attach(model, rankfold.build(slug, **hyper), targets=list(targets), name=name)
 
@@ -85,7 +87,11 @@ def test_dense_is_the_librarys_own_dequantisation(quantizer: str, shape: tuple[i
         same(dense(layer.weight, layer), expected, 1e-6)
         layer.train(training)
         # LLM.int8 rounds the inputs too, to 8 bits, outside training.
-        same(layer(x), F.linear(x, expected, original.bias), 0.02 if quantizer == "bitsandbytes-int8" and not training else 1e-5)
+        same(
+            layer(x),
+            F.linear(x, expected, original.bias),
+            0.02 if quantizer == "bitsandbytes-int8" and not training else 1e-5,
+        )
     same(dense(layer.weight, layer), expected, 1e-6)
     same(expected, original.weight, 0.4)
 
@@ -341,7 +347,12 @@ def test_moved_to_another_dtype(quantizer: str) -> None:
 
 @pytest.mark.parametrize(
     ("slug", "quantizer"),
-    [("lora", "bitsandbytes-nf4"), ("dora", "bitsandbytes-nf4"), ("lora", "bitsandbytes-int8"), ("dora", "torchao-int8")],
+    [
+        ("lora", "bitsandbytes-nf4"),
+        ("dora", "bitsandbytes-nf4"),
+        ("lora", "bitsandbytes-int8"),
+        ("dora", "torchao-int8"),
+    ],
 )
 def test_compiled(slug: str, quantizer: str) -> None:
     model, x = net(quantizer), torch.randn(3, 64)

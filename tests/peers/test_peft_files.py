@@ -147,7 +147,7 @@ def close(a: Tensor, b: Tensor) -> float:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    return 1e-10 if dtype == torch.float64 else 2e-6
+    return 1e-10 if dtype == torch.float64 else 5e-6
 
 
 def lora(**options: Any) -> peft.LoraConfig:
@@ -233,7 +233,9 @@ def test_goes_to_peft_and_back_with_equal_state(case: str, tmp_path: Path) -> No
     second = rankfold.import_peft(model, tmp_path / "ours", name="second")
     assert first.state_dict().keys() == second.state_dict().keys()
     assert all(torch.equal(tensor, second.state_dict()[key]) for key, tensor in first.state_dict().items())
-    assert second.method == first.method or case == "ia3-no-dot"
+    if first.method.slug != "ia3":  # it can say the same gains in several ways
+        assert second.method == first.method
+        assert second.methods == first.methods
     # What came from PEFT is as good as ours: saved, loaded, and the same.
     rankfold.save(model, tmp_path / "rankfold", name="second")
     other = fresh(make)
@@ -250,7 +252,7 @@ TO_PEFT: dict[str, tuple[Callable[..., nn.Module], Callable[[], Any], Any, dict[
         {"overrides": {"layers.1.self_attn.q_proj": {"rank": 5}, r".*\.11\..*": {"alpha": 3.0}, r".*\.7\..*": {"rank": 3, "rslora": True}}},
     ),
     "lora-one-of-many": (Names, lambda: rankfold.LoRA(rank=2), lambda name, _: name in ("proj", "layers.1.proj"), {"overrides": {"proj": {"alpha": 9.0}}}),
-    "lora-suffixes": (Names, lambda: rankfold.LoRA(rank=2), ["proj"], {"overrides": {r"proj": {"rank": 3}, r"a\.proj": {"rank": 4}, r"layers\.1\.proj": {"rank": 5}}}),
+    "lora-suffixes": (Names, lambda: rankfold.LoRA(rank=2), ["proj"], {"overrides": {"layers.1.proj": {"rank": 5}, "a.proj": {"rank": 4}, "layers.0.proj": {"rank": 3}}}),
     "lora-gpt2": (gpt2, lambda: rankfold.LoRA(rank=4), ["c_attn", "mlp.c_proj", "wte", "wpe"], {}),
     "lora-head": (bert, lambda: rankfold.LoRA(rank=2), ["query"], {"modules_to_save": ["classifier"]}),
     "lora-no-head": (bert, lambda: rankfold.LoRA(rank=2), ["query"], {}),
@@ -280,7 +282,7 @@ def test_peft_reads_what_we_export(case: str, dtype: torch.dtype, tmp_path: Path
     scramble(adapter.parameters())
     adapter.train(False)
     expected = outputs(model)
-    assert close(expected, base) > 1e-3
+    assert close(expected, base) > 1e-4
     rankfold.export_peft(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(fresh(make, dtype), tmp_path)
     assert close(outputs(theirs), expected) < tolerance(dtype)
@@ -297,5 +299,456 @@ def test_peft_reads_what_we_export(case: str, dtype: torch.dtype, tmp_path: Path
 
 
 def _base(model: nn.Module) -> set[str]:
-    """Names under which PEFT also saves weights of the base."""
-    return {key.removeprefix("base_model.model.") for key in model.state_dict() if ".base_layer." in key and "lora_" not in key}
+    """Names under which PEFT also saves weights of the base, and RandLoRA's bases again for each layer."""
+    return {
+        key.removeprefix("base_model.model.").replace(".default", "")
+        for key in model.state_dict()
+        if (".base_layer." in key and "lora_" not in key) or re.search(r"\.randlora_[AB]\.", key)
+    } - {"base_model.randlora_A", "base_model.randlora_B"}
+
+
+# ---- adapters that need a word more
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("slug", ["lora", "dora"])
+def test_a_start_taken_out_of_the_base_becomes_rank_2r(slug: str, fold: bool, tmp_path: Path) -> None:
+    model = fresh(llama)
+    adapter = rankfold.attach(model, rankfold.build(slug, rank=3, alpha=5), targets=["q_proj", "down_proj"], init=rankfold.PiSSA(), fold=fold)
+    scramble(adapter.parameters())
+    expected = outputs(model)
+    rankfold.export_peft(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 6
+    assert close(outputs(peft.PeftModel.from_pretrained(fresh(llama), tmp_path)), expected) < 1e-10
+    rankfold.import_peft(model, tmp_path, name="again")
+    assert close(outputs(model), expected) < 1e-10
+
+
+@pytest.mark.parametrize("slug", ["nola", "loldu"])
+def test_other_methods_go_by_way_of_a_lora(slug: str, tmp_path: Path) -> None:
+    model = fresh(llama)
+    scramble(rankfold.attach(model, rankfold.build(slug, rank=2), targets=["q_proj"], name="mine").parameters())
+    expected = outputs(model)
+    with pytest.raises(rankfold.UnsupportedError, match=r"as_lora\(model, 'mine'\).*'mine-lora'"):
+        rankfold.export_peft(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    rankfold.as_lora(model, "mine")
+    rankfold.export_peft(model, tmp_path / "x", "mine-lora")
+    assert close(outputs(peft.PeftModel.from_pretrained(fresh(llama), tmp_path / "x")), expected) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("make", "modules", "task"),
+    [
+        (llama, [], "CAUSAL_LM"),
+        (gpt2, [], "CAUSAL_LM"),
+        (bert, ["classifier"], "SEQ_CLS"),
+        (bert, [], None),  # PEFT would look for a trained head in the file
+        (t5, [], "SEQ_2_SEQ_LM"),
+        (Names, [], None),
+    ],
+)
+def test_configuration_tells_peft_what_it_reads(make: Callable[..., nn.Module], modules: list[str], task: str | None, tmp_path: Path) -> None:
+    model = fresh(make)
+    if hasattr(model, "config"):
+        model.config.name_or_path = "org/base"
+    rankfold.attach(model, rankfold.LoRA(rank=2), modules_to_save=modules)
+    rankfold.export_peft(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["task_type"] == task
+    assert config["base_model_name_or_path"] == ("org/base" if hasattr(model, "config") else None)
+    assert config["peft_type"] == "LORA"
+    assert config["inference_mode"] is True
+    assert config["modules_to_save"] == (modules or None)
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (2, 2, {}, {})
+    if make is llama:
+        assert sorted(config["target_modules"]) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_names_that_no_list_can_single_out(tmp_path: Path) -> None:
+    """`proj` is a layer's whole path and the end of others, and so is `layers.1.proj` of none: `layers.11.proj` differs."""
+    model = fresh(Names)
+    rankfold.attach(model, rankfold.LoRA(rank=2), targets=lambda name, _: name in ("proj", "layers.1.proj"))
+    rankfold.export_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(fresh(Names), tmp_path)
+    adapted = {name.removeprefix("base_model.model.") for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {"proj", "layers.1.proj"}
+
+
+def test_vera_without_its_random_pair(tmp_path: Path) -> None:
+    config = peft.VeraConfig(r=6, target_modules=["q_proj", "down_proj"], save_projection=False, projection_prng_key=11)
+    expected = saved_by_peft(llama, config, tmp_path, torch.float32)
+    model = fresh(llama, torch.float32)
+    assert rankfold.import_peft(model, tmp_path).seed == 11
+    assert close(outputs(model), expected) < 1e-5
+
+
+def test_several_adapters_and_inactive(tmp_path: Path) -> None:
+    expected = saved_by_peft(llama, lora(), tmp_path / "a")
+    other = saved_by_peft(llama, peft.VeraConfig(r=6, target_modules=["q_proj"]), tmp_path / "b")
+    model = fresh(llama)
+    base = outputs(model)
+    rankfold.import_peft(model, tmp_path / "a", "a", active=False)
+    assert torch.equal(outputs(model), base)
+    rankfold.import_peft(model, tmp_path / "b", "b")
+    assert close(outputs(model), other) < 1e-10
+    with rankfold.using(model, "a"):
+        assert close(outputs(model), expected) < 1e-10
+    with pytest.raises(rankfold.RankfoldError, match="attached already"):
+        rankfold.import_peft(model, tmp_path / "a", "a")
+    rankfold.export_peft(model, tmp_path / "c", "a")  # names are the plain model's, whatever else is attached
+    assert close(outputs(peft.PeftModel.from_pretrained(fresh(llama), tmp_path / "c")), expected) < 1e-10
+
+
+def rewrite(folder: Path, change: Callable[[str], str | None]) -> None:
+    """Rename (or, with None, drop) the tensors of a saved adapter."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({new: tensor for key, tensor in tensors.items() if (new := change(key))}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda key: key.removeprefix("base_model.model."),
+        lambda key: re.sub(r"(lora_[AB])\.", r"\1.default.", key),
+        lambda key: re.sub(r"(lora_[AB])\.", r"\1.other.", key.removeprefix("base_model.model.")),
+        lambda key: re.sub(r"^(.*)(lm_head)\.", r"\1\2.modules_to_save.default.", key),
+        lambda key: key.replace("lora_magnitude_vector", "lora_magnitude_vector.default.weight"),
+    ],
+)
+def test_every_way_to_write_the_names(change: Callable[[str], str], tmp_path: Path) -> None:
+    expected = saved_by_peft(llama, lora(use_dora=True, modules_to_save=["lm_head"]), tmp_path)
+    rewrite(tmp_path, change)
+    model = fresh(llama)
+    rankfold.import_peft(model, tmp_path)
+    assert close(outputs(model), expected) < 1e-10
+
+
+def test_base_weights_in_the_file(tmp_path: Path) -> None:
+    expected = saved_by_peft(llama, lora(), tmp_path, save_embedding_layers=True)
+    assert any("embed_tokens" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    model = fresh(llama)
+    rankfold.import_peft(model, tmp_path)
+    assert close(outputs(model), expected) < 1e-10
+    changed = fresh(llama)
+    with torch.no_grad():
+        changed.model.embed_tokens.weight[3, 4] += 1
+    with pytest.raises(rankfold.UnsupportedError, match=r"embed_tokens\.weight.*modules_to_save"):
+        rankfold.import_peft(changed, tmp_path)
+
+
+def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    expected = saved_by_peft(llama, lora(), tmp_path)
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, sorted(allow_patterns)))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    model = fresh(llama)
+    rankfold.import_peft(model, "org/adapter")
+    assert asked == [("org/adapter", ["adapter_config.json", "adapter_model.safetensors"])]
+    assert close(outputs(model), expected) < 1e-10
+
+
+def test_needs_no_peft(tmp_path: Path) -> None:
+    saved_by_peft(Names, lora(target_modules=["proj"]), tmp_path / "a")
+    code = f"""
+import sys
+sys.modules["peft"] = None
+import torch, rankfold
+from torch import nn
+model = nn.Module()
+model.proj = nn.Linear(8, 8)
+model.a = nn.ModuleDict({{"proj": nn.Linear(8, 8), "a_proj": nn.Linear(8, 8)}})
+model.layers = nn.ModuleList(nn.ModuleDict({{"proj": nn.Linear(8, 8)}}) for _ in range(12))
+rankfold.import_peft(model, {str(tmp_path / "a")!r})
+rankfold.export_peft(model, {str(tmp_path / "b")!r})
+assert "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "b" / "adapter_config.json").exists()
+
+
+# ---- what is refused, and that nothing changes then
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    saved_by_peft(llama, lora(modules_to_save=["lm_head"]), folder)
+    return folder
+
+
+def refused(folder: Path, match: str, make: Callable[..., nn.Module] = llama, error: type[Exception] = rankfold.RankfoldError) -> None:
+    model = fresh(make)
+    before, classes = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    with pytest.raises(error, match=match):
+        rankfold.import_peft(model, folder)
+    assert not rankfold.adapters(model)
+    assert classes == [type(module) for module in model.modules()]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def changed(good: Path, folder: Path, **options: Any) -> Path:
+    """A copy of the good adapter with other options; `...` takes one away."""
+    shutil.copytree(good, folder)
+    config = json.loads((good / "adapter_config.json").read_text()) | options
+    (folder / "adapter_config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "match"),
+    [
+        ("bias", "lora_only", "'bias' is 'lora_only'.*bitfit"),
+        ("bias", "all", "'bias' is 'all'"),
+        ("trainable_token_indices", [1, 2], "trainable_token_indices.*modules_to_save"),
+        ("lora_bias", True, "'lora_bias' is 'True'"),
+        ("layer_replication", [[0, 2]], "layer_replication"),
+        ("alora_invocation_tokens", [3], "alora_invocation_tokens"),
+        ("use_qalora", True, "use_qalora"),
+        ("arrow_config", {"top_k": 2}, "arrow_config"),
+        ("kasa_config", {"beta": 1.0}, "kasa_config"),
+        ("megatron_config", {"a": 1}, "megatron_config"),
+        ("ensure_weight_tying", True, "ensure_weight_tying.*untied"),
+        ("something_new", "on", "'something_new' is 'on'"),
+        ("init_lora_weights", "pissa", "'pissa'.*path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "pissa_niter_4", "pissa_niter_4"),
+        ("init_lora_weights", "loftq", "loftq"),
+        ("init_lora_weights", "newest", "newest"),
+        ("peft_type", "PREFIX_TUNING", "PREFIX_TUNING.*LORA.*VERA.*IA3"),
+        ("peft_type", ..., "peft_type"),
+        ("peft_type", ["LORA"], "peft_type"),
+    ],
+)
+def test_unsupported_options_are_refused_by_name(good: Path, option: str, value: Any, match: str, tmp_path: Path) -> None:
+    refused(changed(good, tmp_path / "x", **{option: value}), match, error=rankfold.UnsupportedError)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "match"),
+    [
+        ("r", "8", "'r'"),
+        ("r", True, "'r'"),
+        ("r", 0, "'r'"),
+        ("r", 4, "lora_[AB].*shape"),
+        ("r", 10**9, "rank|numbers"),
+        ("lora_alpha", "big", "lora_alpha"),
+        ("lora_dropout", 1.5, "lora_dropout"),
+        ("rank_pattern", {"q_proj": -1}, "rank_pattern"),
+        ("rank_pattern", {"(q_proj": 3}, "no regular expression"),
+        ("alpha_pattern", {"(.+)+x": 3.0}, "take forever"),
+        ("target_modules", "(a|a)*b", "take forever"),
+        ("target_modules", ".*" * 12 + "x", "take forever"),
+        ("target_modules", ["q_proj", 3], "target_modules"),
+        ("target_modules", ["q_proj"], "down_proj.*target_modules do not name"),
+        ("target_modules", ["q_proj", "down_proj", "v_proj"], "holds nothing for .*v_proj"),
+        ("target_modules", None, "target_modules do not name"),
+        ("layers_to_transform", [0], r"layers\.1.*target_modules do not name"),
+        ("modules_to_save", ["lm_head", "norm"], "lacks.*norm"),
+        ("modules_to_save", None, "'lm_head|lm_head.weight"),
+        ("use_dora", True, "lora_magnitude_vector"),
+    ],
+)
+def test_configurations_that_do_not_fit(good: Path, option: str, value: Any, match: str, tmp_path: Path) -> None:
+    folder = changed(good, tmp_path / "x", **{option: value})
+    if (option, value) == ("modules_to_save", None):
+        # The head is then a weight of the base that was trained along.
+        match = "lm_head.*trained along"
+    refused(folder, match)
+
+
+def test_options_that_change_nothing_are_accepted(good: Path, tmp_path: Path) -> None:
+    folder = changed(
+        good, tmp_path / "x", enable_lora=None, merge_weights=False, loftq_config={"a": 1}, eva_config={"rho": 2.0},
+        init_lora_weights="eva", something_new=None, modules_to_save=["lm_head", "score"], fan_in_fan_out=True, inference_mode=False,
+    )  # fmt: skip
+    model = fresh(llama)
+    rankfold.import_peft(model, folder)
+    other = fresh(llama)
+    rankfold.import_peft(other, good)
+    assert torch.equal(outputs(model), outputs(other))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda key: None if "lora_A" in key else key, "lacks .*lora_A"),
+        (lambda key: None if "layers.1.self_attn" in key else key, "holds nothing for model.layers.1.self_attn.q_proj"),
+        (lambda key: None, "holds no tensor of a LORA adapter"),
+        (lambda key: key.replace("layers.1.", "layers.7."), r"layers\.7.*no such module"),
+        (lambda key: key.replace("layers.1.self_attn.q_proj", "norm"), "model.norm.*no delta can sit|model.norm"),
+        (lambda key: key.replace("lora_A.weight", "lora_A.a.weight").replace("lora_B.weight", "lora_B.b.weight"), "several adapters"),
+        (lambda key: key.replace("lora_A.weight", "lora_A.bias"), "no bias"),
+        (lambda key: key.replace("lm_head.weight", "other.weight"), "other.weight.*neither"),
+        (lambda key: key.replace("lora_A", "__class__"), "neither of the adapter nor"),
+        (lambda key: key.replace("q_proj.lora_B", "q_proj.lora_embedding_B"), "lora_B|lora_embedding_B"),
+    ],
+)
+def test_tensors_that_do_not_fit(good: Path, change: Callable[[str], str | None], match: str, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "x")
+    rewrite(tmp_path / "x", change)
+    refused(tmp_path / "x", match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.fill_(float("nan")), "NaN"),
+        (lambda t: t[:-1].clone(), "shape"),
+        (lambda t: t.to(torch.int64), "shape|dtype"),
+        (lambda t: t[None].clone(), "shape"),
+    ],
+)
+def test_values_that_do_not_fit(good: Path, change: Callable[[Tensor], Tensor], match: str, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "x")
+    tensors = load_file(good / "adapter_model.safetensors")
+    key = next(key for key in tensors if "layers.1" in key and "lora_B" in key)
+    save_file(tensors | {key: change(tensors[key])}, tmp_path / "x" / "adapter_model.safetensors")
+    refused(tmp_path / "x", match, error=rankfold.AdapterFileError)
+
+
+def test_the_same_tensor_twice(good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "x")
+    tensors = load_file(good / "adapter_model.safetensors")
+    key = next(key for key in tensors if "lora_B" in key)
+    save_file(tensors | {key.replace("lora_B", "lora_B.default"): tensors[key].clone()}, tmp_path / "x" / "adapter_model.safetensors")
+    refused(tmp_path / "x", "are the same tensor", error=rankfold.AdapterFileError)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "not valid JSON"),
+        ("[]", "no JSON object"),
+        ("{", "not valid JSON"),
+        ('{"peft_type": "LORA", "r": NaN}', "NaN"),
+        ('{"peft_type": "LORA", "peft_type": "IA3"}', "twice"),
+        ("[" * 100_000, "nested too deeply|not valid JSON"),
+        ('{"peft_type": "LORA", "x": "' + "a" * (9 << 20) + '"}', "more than any configuration"),
+    ],
+)
+def test_hostile_configurations(good: Path, text: str, match: str, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "x")
+    (tmp_path / "x" / "adapter_config.json").write_text(text)
+    refused(tmp_path / "x", match, error=rankfold.AdapterFileError)
+
+
+def test_a_pickle_is_refused_and_says_how_to_convert_it(good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "x")
+    (tmp_path / "x" / "adapter_model.safetensors").rename(tmp_path / "x" / "adapter_model.bin")
+    refused(tmp_path / "x", r"pickle.*save_file\(torch\.load\('adapter_model.bin', weights_only=True\)", error=rankfold.AdapterFileError)
+
+
+def test_places_that_hold_no_adapter(good: Path, tmp_path: Path) -> None:
+    refused(tmp_path, "adapter_config.json", error=rankfold.AdapterFileError)
+    refused(tmp_path / "nowhere" / "at" / "all", "no folder", error=rankfold.AdapterFileError)
+    refused(good / "adapter_config.json", "no folder", error=rankfold.AdapterFileError)
+    refused(Path("x" * 5000), "no path|no folder", error=rankfold.AdapterFileError)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "adapter_config.json").symlink_to(good / "adapter_config.json")
+    refused(tmp_path / "x", "symbolic link", error=rankfold.AdapterFileError)
+    shutil.copy(good / "adapter_config.json", tmp_path)
+    refused(tmp_path, "holds no adapter_model.safetensors", error=rankfold.AdapterFileError)
+
+
+def test_another_model(good: Path) -> None:
+    refused(good, "no such module", gpt2, rankfold.AdapterFileError)
+    refused(good, "shape", lambda: LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)))
+
+
+def test_resized_embeddings_are_refused(tmp_path: Path) -> None:
+    model = fresh(llama)
+    model.resize_token_embeddings(VOCABULARY + 3)
+    peft.get_peft_model(model, lora()).save_pretrained(tmp_path, save_embedding_layers=True)
+    refused(tmp_path, "embed_tokens.weight.*resized", error=rankfold.UnsupportedError)
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}])
+def test_convolutions_that_peft_computes_otherwise(options: dict[str, Any], tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return Convolutions(**options)
+
+    peft.get_peft_model(make(), lora(r=2, target_modules=["conv1"])).save_pretrained(tmp_path / "theirs")
+    refused(tmp_path / "theirs", "groups, dilation", make, rankfold.UnsupportedError)
+    model = make()
+    rankfold.attach(model, rankfold.LoRA(rank=2), targets=["conv1"])
+    with pytest.raises(rankfold.UnsupportedError, match="groups, dilation"):
+        rankfold.export_peft(model, tmp_path / "ours")
+
+
+def test_randlora_with_different_numbers_of_bases(tmp_path: Path) -> None:
+    saved_by_peft(llama, peft.RandLoraConfig(r=4, target_modules=["q_proj", "k_proj"]), tmp_path / "theirs")
+    refused(tmp_path / "theirs", "different numbers of random bases", error=rankfold.UnsupportedError)
+    saved_by_peft(llama, peft.RandLoraConfig(r=4, target_modules=["q_proj"], save_projection=False), tmp_path / "without")
+    refused(tmp_path / "without", "save_projection", error=rankfold.UnsupportedError)
+
+
+def test_miss_forms_that_bone_does_not_have(tmp_path: Path) -> None:
+    saved_by_peft(llama, peft.MissConfig(r=4, mini_r=2, target_modules=["q_proj"], init_weights="mini"), tmp_path / "mini")
+    refused(tmp_path / "mini", "mini", error=rankfold.UnsupportedError)
+    expected = saved_by_peft(llama, peft.MissConfig(r=4, target_modules=["q_proj"], miss_dropout=0.5), tmp_path / "dropout")
+    model = fresh(llama)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        rankfold.import_peft(model, tmp_path / "dropout")
+    assert any("miss_dropout=0.5" in str(one.message) for one in said)
+    assert close(outputs(model), expected) < 1e-10
+
+
+def test_ia3_says_where_the_gains_are(tmp_path: Path) -> None:
+    saved_by_peft(llama, peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), tmp_path / "good")
+    refused(changed(tmp_path / "good", tmp_path / "x", feedforward_modules=None), "feedforward_modules", error=rankfold.AdapterFileError)
+    refused(changed(tmp_path / "good", tmp_path / "y", feedforward_modules="(.+)+x"), "forever", error=rankfold.AdapterFileError)
+
+
+def test_experts_that_the_configuration_does_not_name(tmp_path: Path) -> None:
+    saved_by_peft(mixtral, lora(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]), tmp_path / "good")
+    refused(changed(tmp_path / "good", tmp_path / "x", target_parameters=["down_proj"]), "target_parameters name 1", mixtral, rankfold.AdapterFileError)
+    refused(changed(tmp_path / "good", tmp_path / "y", target_parameters=None), "target_parameters name 0", mixtral, rankfold.AdapterFileError)
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "targets", "options", "match"),
+    [
+        (mixtral, lambda: rankfold.DoRA(rank=2), ["gate_up_proj"], {}, "experts"),
+        (gpt2, lambda: rankfold.VeRA(rank=2), ["wte", "c_attn"], {}, "embedding"),
+        (gpt2, lambda: rankfold.Bone(rank=4), ["c_attn"], {}, "conv1d"),
+        (llama, lambda: rankfold.Bone(), ["q_proj", "k_proj"], {}, "one rank"),
+        (llama, lambda: rankfold.VeRA(rank=4), ["q_proj", "k_proj"], {"overrides": {"k_proj": {"rank": 2}}}, "of its own"),
+        (llama, lambda: rankfold.RandLoRA(rank=4), ["q_proj", "k_proj"], {}, "different numbers of random bases"),
+        (llama, lambda: rankfold.LoRA(rank=2), ["q_proj", "k_proj"], {"overrides": {"k_proj": {"dropout": 0.1}}}, "dropout"),
+        (gpt2, lambda: rankfold.BitFit(), "biases", {}, "no ΔW"),
+        (llama, lambda: rankfold.LoRA(rank=2), [], {"modules_to_save": ["lm_head"]}, "without an adapted layer"),
+    ],
+)  # fmt: skip
+def test_what_peft_cannot_say_is_refused_and_nothing_written(
+    make: Callable[..., nn.Module], method: Callable[[], Any], targets: Any, options: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    model = fresh(make)
+    rankfold.attach(model, method(), targets=targets, **options)
+    with pytest.raises(rankfold.UnsupportedError, match=match):
+        rankfold.export_peft(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_with_nan_is_not_exported(tmp_path: Path) -> None:
+    model = fresh(llama)
+    adapter = rankfold.attach(model, rankfold.LoRA(rank=2))
+    with torch.no_grad():
+        next(adapter.parameters())[0, 0] = torch.inf
+    with pytest.raises(rankfold.RankfoldError, match="NaN or infinity"):
+        rankfold.export_peft(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(rankfold.RankfoldError, match="is a file"):
+        rankfold.export_peft(model, tmp_path / "file")
+    with pytest.raises(rankfold.RankfoldError, match="nobody"):
+        rankfold.export_peft(model, tmp_path / "y", "nobody")

@@ -48,7 +48,7 @@ class Adapter:
             parts.append(("shared", self.shared))
         parts += [(f"modules.{path}", copied.module) for path, copied in self.modules.items()]
         for prefix, module in parts:
-            inside = set() if module is self.shared else {id(self.shared)}
+            inside: set[Any] = set() if module is self.shared else {self.shared}
             for path, child in module.named_modules(memo=inside):
                 at = f"{prefix}.{path}." if path else f"{prefix}."
                 for name, tensor in child._parameters.items():
@@ -332,9 +332,12 @@ def _values(method: Method) -> dict[str, Any]:
 def _with_rank(method: Method, rank: int) -> Method:
     """The method at another rank but with the same scale: alpha follows the rank."""
     changes: dict[str, Any] = {"rank": rank}
-    if getattr(method, "alpha", None) is not None:
+    alpha, rslora = getattr(method, "alpha", None), getattr(method, "rslora", False)
+    if alpha is None and rslora:  # then α is the rank, and α / √r would change with it
+        alpha = method.rank  # type: ignore[attr-defined]
+    if alpha is not None:
         ratio = rank / method.rank  # type: ignore[attr-defined]
-        changes["alpha"] = method.alpha * (ratio**0.5 if getattr(method, "rslora", False) else ratio)  # type: ignore[attr-defined]
+        changes["alpha"] = alpha * (ratio**0.5 if rslora else ratio)
     return build(method.slug, **{**_values(method), **changes})
 
 
@@ -366,7 +369,8 @@ def _start(init: Init, delta: Delta, method: Method, statistics: Calibration | N
 
 def _check_alive(delta: Delta) -> None:
     """Two factors that both start at zero have no gradient, ever."""
-    if delta.form == "factors" and not any(bool(factor.any()) for factor in delta.factors()):
+    product = delta.factors() if delta.form == "factors" else (delta.B, delta.A) if delta.startable else None
+    if product is not None and not any(bool(factor.any()) for factor in product):
         raise RankfoldError(f"{type(delta).__name__} at {delta.site.name} starts with both factors zero: it has no gradient and can never train")
 
 

@@ -165,9 +165,7 @@ class InputPCA(Statistic[PCA]):
 
     def answers(self, asked: Statistic[Any]) -> bool:
         """The components asked for are the first of those collected, if these were collected as carefully."""
-        return (
-            isinstance(asked, InputPCA) and self.components >= asked.components and self.tolerance >= asked.tolerance
-        )
+        return isinstance(asked, InputPCA) and self.components >= asked.components and self.tolerance >= asked.tolerance
 
     def settled(self, accumulators: Sequence[tuple["_IncrementalPCA", int]]) -> bool:
         if any(pca.cosines is None for pca, _ in accumulators):
@@ -335,15 +333,15 @@ class Calibration:
 
         try:
             with safe_open(held, "pt") as file:
-                tensors = {name.removeprefix(key): file.get_tensor(name) for name in file.keys() if name.startswith(key)}  # noqa: SIM118
+                names = [name for name in file.keys() if name.startswith(key)]  # noqa: SIM118
+                return {name.removeprefix(key): file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise RankfoldError(f"cannot read the calibration file {held}: {error}") from None
-        return tensors
 
     def save(self, folder: str | Path) -> Path:
-        """Write `calibration.json` and its tensors, as safetensors files, into the folder; a calibration there is replaced.
+        """Write `calibration.json` and its tensors, as safetensors files, into the folder, in place of what was there.
 
-        The JSON file comes last and names its tensor files, so whatever interrupts leaves the old calibration or the new.
+        The JSON file comes last and names its tensor files: whatever interrupts leaves the old calibration or the new.
         """
         from safetensors.torch import save_file
 
@@ -355,7 +353,7 @@ class Calibration:
             if isinstance(part, dict):
                 write_whole(folder / name, lambda path, part=part: save_file(part, path))
             else:
-                write_whole(folder / name, lambda path, part=part: shutil.copyfile(part, path))
+                write_whole(folder / name, lambda path, part=part: _copy(part, path))
         statistics = list(dict.fromkeys(statistic for there in self._where.values() for statistic in there))
         description = {
             "format": FORMAT,
@@ -507,6 +505,10 @@ def _spill(tensors: dict[str, Tensor], path: Path) -> Path:
 
     save_file(tensors, path)
     return path
+
+
+def _copy(source: Path, path: Path) -> None:
+    shutil.copyfile(source, path)
 
 
 @dataclass
@@ -668,7 +670,9 @@ class _Pass:
 
         def add(g: Tensor) -> None:
             if x._version != version:
-                raise RankfoldError(f"the input of {target.site.name} was overwritten in the forward: no gradient there")
+                raise RankfoldError(
+                    f"the input of {target.site.name} was overwritten in the forward: no gradient there"
+                )
             self.add_gradient(cell, target, _weight_gradient(target, x, g))
 
         y.register_hook(add)
@@ -825,7 +829,8 @@ def _patches(layer: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _weight_gradient(target: Target, x: Tensor, g: Tensor) -> Tensor:
     """∂loss/∂W (out, in) from the layer's input x and its output's gradient g, in the site's dtype."""
-    site, layer = target.site, target.layer
+    site = target.site
+    layer: Any = target.layer
     g = g.to(site.dtype)
     if site.kind == "embedding":
         G = g.new_zeros(site.in_, site.out).index_add_(0, x.reshape(-1), g.reshape(-1, site.out))

@@ -5,7 +5,6 @@ save that was cut off between the two leaves either the old adapter or the new o
 whether they belong together. Everything read from a file is checked before it is used, and the model is changed last.
 """
 
-import hashlib
 import json
 import re
 import secrets
@@ -39,7 +38,7 @@ from rankfold.core.layers import kind_of
 from rankfold.core.method import Init, Method
 from rankfold.core.seeded import Bases
 from rankfold.core.targets import Target, _inside_adapter
-from rankfold.core.tensorfile import Entry, TensorFile
+from rankfold.core.tensorfile import Entry, TensorFile, digest
 from rankfold.errors import AdapterFileError, RankfoldError, UnsupportedError
 
 FORMAT = 1
@@ -184,7 +183,7 @@ def _describe(adapter: Adapter, tensors: Mapping[str, Tensor], originals: Mappin
         },
         "modules": list(adapter.modules),
         "base": fingerprint.fingerprint(adapter.model, adapter.sites, originals),
-        "sha256": _digest(tensors),
+        "sha256": digest(tensors),
     }
 
 
@@ -202,16 +201,6 @@ def _text(document: Mapping[str, Any]) -> str:
         else:
             lines.append(f"  {line(key)}: {line(value)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Over names, dtypes, shapes and bytes, in the order of the names: catches what a bad disk or copy changed."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # ---- reading
@@ -534,10 +523,11 @@ def _take(adapter: Adapter, file: TensorFile, document: Document, what: str) -> 
     own = dict(adapter.named_tensors())
     check_layout(own, file.entries, what, AdapterFileError)
     tensors = file.tensors()
-    if _digest(tensors) != document.sha256:
+    if file.digest() != document.sha256:
         raise AdapterFileError(f"{what}: the tensors are not those that were saved (their sha256 differs): the file is damaged; fetch or save it again")
     fitted = {name: tensors[name].to(device=mine.device, dtype=mine.dtype) for name, mine in own.items()}
-    check_finite(fitted, what, AdapterFileError)
+    narrowed = {name: tensor for name, tensor in fitted.items() if tensor.dtype != tensors[name].dtype}
+    check_finite(narrowed, f"{what}, in another dtype", AdapterFileError)
     for name, mine in own.items():
         mine.data = fitted[name]
     if document.fold:

@@ -184,6 +184,8 @@ class AdaptedLinear(Adapted):
         return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
 
     def with_factors(self, x: Tensor, delta: Delta) -> Tensor:
+        if x.is_nested:  # as `nn.TransformerEncoder` makes them of padded batches
+            return super().with_factors(x, delta)
         B, A = delta.pair()
         weight = delta.folded if delta.is_folded else self._parameters["weight"]  # type: ignore[attr-defined]
         if self.fusable(weight) and not (delta.dropout and delta.training):
@@ -231,8 +233,6 @@ class AdaptedEmbedding(Adapted):
 
     @staticmethod
     def sites(name: str, layer: Any) -> list[Site]:
-        if layer.max_norm is not None:
-            raise UnsupportedError(f"{name}: an embedding with max_norm rewrites its weight in every forward and cannot be adapted")
         return [Site(name, "embedding", (layer.embedding_dim, layer.num_embeddings), False, _delta_dtype(layer.weight))]
 
     def to_matrix(self, weight: Tensor) -> Tensor:
@@ -330,26 +330,32 @@ class AdaptedExperts(Adapted):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         route = self._rankfold.route
         plain = super(Adapted, self).forward  # type: ignore[misc]
-        if not isinstance(route, Rows):
-            return plain(*args, **kwargs)
 
         def one(name: str | None, *args: Any, **kwargs: Any) -> Tensor:
-            self.__dict__["_row_name"] = name
+            # The loop over experts reads the whole parameter for each of them: what it reads is made once a forward.
+            self.__dict__["_row_name"], self.__dict__["_made"] = name, {}
             try:
                 return plain(*args, **kwargs)
             finally:
-                del self.__dict__["_row_name"]
+                del self.__dict__["_row_name"], self.__dict__["_made"]
 
-        return route.apart(one, route.distinct, type(self).__name__, *args, **kwargs)
+        if isinstance(route, Rows):
+            return route.apart(one, route.distinct, type(self).__name__, *args, **kwargs)
+        return one(route, *args, **kwargs)
 
     def expert_weight(self, parameter: str) -> Tensor:
         """The weight as stored, or W' in its layout where the route names an adapter that has a delta on it."""
-        weight = self._parameters[parameter]  # type: ignore[attr-defined]
+        made = self.__dict__.get("_made", {})
+        if parameter not in made:
+            made[parameter] = self._make_expert_weight(parameter)
+        return made[parameter]
+
+    def _make_expert_weight(self, parameter: str) -> Tensor:
         route = self.__dict__.get("_row_name", self._rankfold.route)
         deltas = self._modules.get(container(parameter))  # type: ignore[attr-defined]
         delta = deltas._modules.get(route) if deltas is not None and isinstance(route, str) else None
         if delta is None:
-            return weight
+            return self._parameters[parameter]  # type: ignore[attr-defined]
         W = delta.W
         if delta.form == "factors":
             B, A = delta.pair()
@@ -470,13 +476,16 @@ def _rebuild(mixin: type[Adapted], plain: type[nn.Module], experts: tuple[str, .
 def adapt_layer(layer: Any, mixin: type[Adapted], sites: list[Site], state: State) -> None:
     """Exchange the layer's class for its adapted one and give it a place for the deltas of each site."""
     if not isinstance(layer, Adapted):
-        if "forward" in layer.__dict__ and "_old_forward" not in layer.__dict__:
+        bound = layer.__dict__.get("_old_forward", layer.__dict__.get("forward"))
+        if bound is not None and getattr(bound, "__func__", None) is not type(layer).forward:
             raise UnsupportedError(f"the forward of a {type(layer).__name__} was replaced on the object; adapt it before that")
         experts = tuple(site.parameter for site in mixin.sites("", layer)) if mixin is AdaptedExperts else ()
-        prepare(layer, sites[0].name if sites else type(layer).__name__)
-        layer.__class__ = adapted_class(mixin, type(layer), experts)
+        name = sites[0].name if sites else type(layer).__name__
+        if mixin is AdaptedEmbedding and layer.max_norm is not None:
+            raise UnsupportedError(f"{name}: an embedding with max_norm rewrites its weight in every forward and cannot be adapted")
+        prepare(layer, name)
         layer._rankfold = state
-        _rebind(layer)
+        _change_class(layer, adapted_class(mixin, type(layer), experts))
     for key in {container(site.parameter) for site in sites} or {"deltas"}:
         if key not in layer._modules:
             layer._modules[key] = Deltas(state)
@@ -488,9 +497,8 @@ def restore_layer(layer: Any) -> None:
     if isinstance(layer, Adapted) and not any(layer._modules[name]._modules for name in containers):
         for name in containers:
             del layer._modules[name]
-        layer.__class__ = layer._plain
+        _change_class(layer, layer._plain)
         del layer.__dict__["_rankfold"]
-        _rebind(layer)
 
 
 def home(site: Site) -> dict[str, Any]:
@@ -498,7 +506,10 @@ def home(site: Site) -> dict[str, Any]:
     return site.layer._modules[container(site.parameter)]._modules
 
 
-def _rebind(layer: Any) -> None:
-    """Accelerate's hooks call the forward they found when they were put on: let them find the present class's."""
-    if "_old_forward" in layer.__dict__:
-        layer._old_forward = types.MethodType(type(layer).forward, layer)
+def _change_class(layer: Any, cls: type) -> None:
+    """Give the layer another class. Accelerate's hooks keep the forward they found bound to the object: it follows."""
+    before = type(layer).forward
+    layer.__class__ = cls
+    for key in ("_old_forward", "forward"):
+        if getattr(layer.__dict__.get(key), "__func__", None) is before:
+            layer.__dict__[key] = types.MethodType(cls.forward, layer)

@@ -49,9 +49,9 @@ def leading_svd(M: Tensor, rank: int, rng: torch.Generator) -> tuple[Tensor, Ten
 
 
 def svd_of_product(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin SVD of `B A` from its factors: B (..., m, r), A (..., r, n) -> U (..., m, k), S (..., k), Vh (..., k, n).
+    """The thin SVD of `B A` from B (..., m, r) and A (..., r, n): U (..., m, k), S (..., k), Vh (..., k, n).
 
-    k = min(m, r, n). With `B = Q_B R_B` and `Aᵀ = Q_A R_A` only the small `R_B R_Aᵀ` is decomposed: B A is never formed.
+    k = min(m, r, n). With `B = Q_B R_B` and `Aᵀ = Q_A R_A` only the small `R_B R_Aᵀ` is decomposed; B A is not formed.
     """
     B, A = wide(B), wide(A)
     QB, RB = torch.linalg.qr(B)
@@ -61,7 +61,7 @@ def svd_of_product(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def truncate(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best rank-`rank` approximation of `B A`, as factors: `B' (..., m, rank)`, `A' (..., rank, n)`, relative error.
+    """The best approximation of `B A` of that rank: `B' (..., m, rank)`, `A' (..., rank, n)`, and its relative error.
 
     B' and A' carry √σ each. The error (...) is `‖B A − B'A'‖ / ‖B A‖` (Frobenius), 0 for a product that is zero.
     """

@@ -137,7 +137,7 @@ def _untie(state: State, paths: list[str]) -> None:
     config = getattr(state.model, "config", None)
     for other, parameter in state.model.named_parameters(remove_duplicate=False):
         path = changed.get(id(parameter))
-        if path is not None and path != other and other not in paths:
+        if path is not None and other not in paths and _home(state.model, path)[0] is not _home(state.model, other)[0]:
             warnings.warn(f"{path} is tied to {other}: merging gives it a weight of its own, and {other} stays as it was", stacklevel=5)
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False  # type: ignore[union-attr]

@@ -19,6 +19,9 @@ class Rows:
         self.names = tuple(names)
         self.distinct = tuple(dict.fromkeys(self.names))
         self.index = torch.tensor([self.distinct.index(name) for name in self.names])
+        groups = [[row for row, name in enumerate(self.names) if name == one] for one in self.distinct]
+        self.groups = [torch.tensor(group) for group in groups]
+        self.order = torch.argsort(torch.cat(self.groups))  # from groups one after the other back to the batch
         self._stacks: dict[Any, tuple[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
 
     def positions(self, x: Tensor, where: str) -> Tensor:
@@ -27,31 +30,38 @@ class Rows:
         The first dimension may be a multiple of R: then each row of the batch became several consecutive ones, as
         with beam search, or when a layer sees (batch · tokens, width).
         """
-        repeat, rest = divmod(x.shape[0], len(self.names))
-        if rest or not repeat:
+        repeat, index = self._repeat(x, where), self.index.to(x.device)
+        return index if repeat == 1 else index.repeat_interleave(repeat)
+
+    def _repeat(self, x: Tensor, where: str) -> int:
+        """How many entries of x's first dimension each row has."""
+        repeat = x.shape[0] // len(self.names)
+        if not repeat or x.shape[0] % len(self.names):
             raise RankfoldError(
                 f"{len(self.names)} adapter names were given, one for each row, but {where} got an input of shape "
                 f"{tuple(x.shape)}: its first dimension must be a multiple of {len(self.names)}"
             )
-        index = self.index.to(x.device)
-        return index if repeat == 1 else index.repeat_interleave(repeat)
+        return repeat
 
     def apart(self, one: Callable[..., Tensor], choices: Sequence[Any], where: str, *args: Any, **kwargs: Any) -> Tensor:
         """`one(choice, *args)` for the rows of each distinct adapter, put together again in the batch's order.
 
         Arguments with as many rows as the first are cut to the group's rows; others go to every group whole.
         """
-        positions = self.positions(args[0], where)
-        groups = [(positions == i).nonzero().squeeze(-1) for i in range(len(self.distinct))]
+        repeat, device = self._repeat(args[0], where), args[0].device
+
+        def spread(rows: Tensor) -> Tensor:
+            rows = rows.to(device)
+            return rows if repeat == 1 else (rows[:, None] * repeat + torch.arange(repeat, device=device)).flatten()
 
         def cut(value: Any, group: Tensor) -> Any:
             return value[group] if isinstance(value, Tensor) and value.shape[:1] == args[0].shape[:1] else value
 
         parts = [
             one(choice, *(cut(v, group) for v in args), **{k: cut(v, group) for k, v in kwargs.items()})
-            for group, choice in zip(groups, choices, strict=True)
+            for group, choice in zip(map(spread, self.groups), choices, strict=True)
         ]
-        return torch.cat(parts)[torch.argsort(torch.cat(groups))]
+        return torch.cat(parts)[spread(self.order)]
 
     def stacked(self, key: Any, tensors: list[Tensor], make: Any) -> tuple[Tensor, Tensor]:
         """`make()`, kept while no gradient is recorded and none of the tensors it is made from has changed."""

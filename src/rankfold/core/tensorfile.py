@@ -5,9 +5,11 @@ to its caller. Adapters are loaded by the thousand and from anywhere, so this re
 header against its size before a byte of data is read, and gives views of one storage.
 """
 
+import hashlib
 import math
 import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -121,16 +123,24 @@ class TensorFile:
             raise AdapterFileError(f"{self._what} {trouble}: {self.size:,} bytes of data where the header says {end:,}; fetch or save it again")
 
     def tensors(self) -> dict[str, Tensor]:
-        """Read the data once: CPU tensors by name, all views of one storage."""
+        """Read the data once: CPU tensors by name, all views of one storage. Refuses NaN and infinity."""
         self._handle.seek(self._start)
-        data = torch.frombuffer(_read_exactly(self._handle, self.size, self._what), dtype=torch.uint8) if self.size else None
+        self._data = _read_exactly(self._handle, self.size, self._what)
         now = os.fstat(self._handle.fileno())
         if (now.st_size, now.st_mtime_ns) != (self._found.st_size, self._found.st_mtime_ns):
             raise AdapterFileError(f"{self._what} changed while it was read: load it again when nothing writes to it")
-        return {name: self._view(name, entry, data) for name, entry in self.entries.items()}
+        data = torch.frombuffer(self._data, dtype=torch.uint8) if self.size else torch.empty(0, dtype=torch.uint8)
+        tensors = {name: self._view(name, entry, data) for name, entry in self.entries.items()}
+        self._check_finite(data, tensors)
+        return tensors
 
-    def _view(self, name: str, entry: Entry, data: Tensor | None) -> Tensor:
-        if data is None or entry.begin == entry.end:
+    def digest(self) -> str:
+        """The `digest` of the tensors that were read, from their bytes as they lie in the file."""
+        data = memoryview(self._data)
+        return _digest((name, e.dtype, e.shape, data[e.begin : e.end]) for name, e in self.entries.items())
+
+    def _view(self, name: str, entry: Entry, data: Tensor) -> Tensor:
+        if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=entry.dtype)
         part = data[entry.begin : entry.end]
         if entry.dtype == torch.bool and bool((part > 1).any()):
@@ -138,6 +148,30 @@ class TensorFile:
         if entry.begin % entry.dtype.itemsize:  # no file of ours: a view has to start at a multiple of its numbers' size
             part = part.clone()
         return part.view(entry.dtype).view(entry.shape)
+
+    def _check_finite(self, data: Tensor, tensors: dict[str, Tensor]) -> None:
+        dtypes = {entry.dtype for entry in self.entries.values()}
+        if len(dtypes) == 1 and self.size:  # as nearly always; a finite sum tells that all numbers are
+            dtype = dtypes.pop()
+            if not dtype.is_floating_point or math.isfinite(data.view(dtype).sum(dtype=torch.promote_types(dtype, torch.float32))):
+                return
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise AdapterFileError(f"{self._what}: {name} holds NaN or infinity: the adapter diverged in training or is damaged")
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of contiguous CPU tensors, in the order of the names."""
+    raw = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
+    return _digest((name, t.dtype, tuple(t.shape), raw[name]) for name, t in tensors.items())
+
+
+def _digest(described: Iterable[tuple[str, torch.dtype, tuple[int, ...], Any]]) -> str:
+    total = hashlib.sha256()
+    for name, dtype, shape, data in sorted(described, key=lambda one: one[0]):
+        total.update(f"{name} {dtype} {shape}\n".encode())
+        total.update(data)
+    return total.hexdigest()
 
 
 def _read_exactly(handle: BinaryIO, length: int, what: str) -> bytearray:

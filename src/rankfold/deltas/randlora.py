@@ -20,8 +20,8 @@ class RandLoRA(Method):
     layers share the Bⱼ (D, r) and the one A (r, d), sliced. Trained a layer: Λ (n, r), from 0, and Γ (n, d), from
     1/max(n, d). A larger r means fewer trained numbers. At the first step only Λ has a gradient.
 
-    `scaling="rank"` is `s = α / r` (PEFT, and the authors' CLIP code), `alpha=None` then means 20 r; "bases" is
-    `s = α / (r √n)` (the authors' GPT-2 and PEFT code), `alpha=None` then means 2 r.
+    `scaling="bases"` is `s = α / (r √n)`, as in the authors' GPT-2 and LLM code, with `alpha=None` for 2 r. "rank" is
+    `s = α / r`, as in PEFT and the authors' CLIP code, with `alpha=None` for PEFT's 20 r: ten times as large and more.
 
     `basis`: "uniform", "sparse" (−1, 0, +1 with 1/6, 2/3, 1/6) or "very-sparse" (±1 with 1/(2√d) each, d the shortest
     side of the widest layer; so do Li et al. 2006 and the code, though PEFT's description says 1/√d); all divided by
@@ -36,7 +36,7 @@ class RandLoRA(Method):
 
     rank: Rank = 32
     alpha: float | None = None
-    scaling: Literal["rank", "bases"] = "rank"
+    scaling: Literal["bases", "rank"] = "bases"
     basis: Literal["uniform", "sparse", "very-sparse"] = "uniform"
     dropout: Dropout = 0.0
 

@@ -6,8 +6,13 @@ import torch
 def tiny_llama(dtype=torch.float32, **changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    settings |= dict(num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=False)
+    settings = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 32}
+    settings |= {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+    }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**settings | changes)).to(dtype)
 

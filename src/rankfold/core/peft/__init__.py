@@ -249,7 +249,7 @@ class _Reader:
     def __init__(self, model: nn.Module, format: Format, options: Any, names: Names, file: TensorFile, what: str):
         self.model, self.format, self.options, self.names, self.file, self.what = model, format, options, names, file, what
         self.keys: dict[tuple[str, str], str] = {}  # (path of the layer, PEFT's name) -> name in the file
-        self.shared: dict[str, str] = {}
+        self.shared: dict[str, list[str]] = {}  # PEFT's name -> names in the file: it may repeat what layers share
         self.whole: dict[str, str] = {}  # path of a tensor of the base or of a module trained in full -> name in the file
         self._sort()
 
@@ -270,7 +270,7 @@ class _Reader:
                 raise UnsupportedError(f"{key!r}: a LoRA's factors have no bias here (PEFT's lora_bias)")
             adapters |= {found["adapter"]} - {None}
             if found["leaf"] in self.format.shared:
-                self._put(self.shared, found["leaf"], key)
+                self.shared.setdefault(found["leaf"], []).append(key)
             else:
                 self._put(self.keys, (found["path"] or "", found["leaf"]), key)
         if len(adapters) > 1:
@@ -407,12 +407,15 @@ class _Reader:
         for path, copied in adapter.modules.items():
             for key, mine in copied.module.state_dict().items():
                 state[f"modules.{path}.{key}"] = take(self.whole.get(f"{path}.{key}"), f"{path}.{key}", mine.shape)
-        if self.format.shared and getattr(self.options, "save_projection", True):
+        if getattr(self.options, "save_projection", True):
             if missing := self.format.shared.keys() - self.shared.keys():
                 raise AdapterFileError(f"{self.what} lacks {sorted(missing)[0]}, and the configuration says save_projection")
-            used |= set(self.shared.values())
-        self.format.take_shared(adapter, self.options, {leaf: tensors[key] for leaf, key in self.shared.items()})
+            for first, *others in self.shared.values():
+                if different := [key for key in others if not torch.equal(tensors[key], tensors[first])]:
+                    raise AdapterFileError(f"{self.what}: {different[0]!r} differs from {first!r}, and all layers share one")
+                used |= {first, *others}
+        self.format.take_shared(adapter, self.options, {leaf: tensors[keys[0]] for leaf, keys in self.shared.items()})
         state |= {name: tensor for name, tensor in adapter.named_tensors() if name.startswith("shared.")}
-        if unused := {*self.keys.values(), *self.shared.values()} - used:
+        if unused := {*self.keys.values(), *sum(self.shared.values(), [])} - used:
             raise AdapterFileError(f"{self.what} holds {sorted(unused)[0]!r}, which {adapter.method.slug} has no place for on that layer")
         adapter.load_state_dict(state)

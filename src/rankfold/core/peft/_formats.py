@@ -111,7 +111,7 @@ class Lora(Format):
             same = method.rank == rank and method.rslora == rslora
             alpha = (method.rank if method.alpha is None else method.alpha) if same else delta.scale * rank ** (0.5 if rslora else 1)
             alphas[site] = int(alpha) if alpha == int(alpha) else alpha
-        r, lora_alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
+        r, lora_alpha = _commonest(ranks, adapter.method.rank), _commonest(alphas, adapter.method.alpha)  # type: ignore[attr-defined]
         experts = any(site.kind == "experts" for site in adapter.sites)
         return {
             "r": r,
@@ -337,6 +337,12 @@ class Miss(Format):
 
 FORMATS: tuple[Format, ...] = (Lora(), Dora(), Vera(), Ia3(), RandLora(), Miss())
 READ: dict[str, Format] = {each.type: each for each in reversed(FORMATS)}
+
+
+def _commonest(values: Mapping[str, Any], preferred: Any) -> Any:
+    """The value most sites have, so that few patterns are needed; among equals the preferred one."""
+    counts = Counter(values.values())
+    return max(counts, key=lambda value: (counts[value], value == preferred))
 
 
 def _one_method(adapter: Adapter) -> Method:
