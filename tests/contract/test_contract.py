@@ -48,7 +48,7 @@ def test_merged_equals_unmerged_and_unmerges_to_the_last_bit(slug: str, kind: st
     base, before = {k: v.clone() for k, v in model.state_dict().items()}, model(x)
     scramble(attach(model, slug, kind=kind))
     adapted = model(x)
-    assert difference(adapted, before) > 1e-3, "the scrambled adapter changes nothing: the test would not see a bug"
+    assert difference(adapted, before) > 1e-4, "the scrambled adapter changes nothing: the test would not see a bug"
     if refused(slug, "merge"):
         with pytest.raises(rankfold.UnsupportedError):
             rankfold.merge(model, "default")
@@ -281,12 +281,14 @@ def test_exports_as_lora_with_a_true_error(slug: str, kind: str) -> None:
     small, report = rankfold.as_lora(model, "default", rank=1, new_name="small")
     for site, delta in adapter.deltas.items():
         W = delta.W.double()
-        wanted = delta.adapted_weight(W) - W
-        got = small.deltas[site].adapted_weight(W) - W
-        bias = delta.bias_update(delta.b) if delta.biased and delta.b is not None else torch.zeros(1)
-        true = ((wanted - got).square().sum() + bias.square().sum()) / (wanted.square().sum() + bias.square().sum())
+        B, A = small.deltas[site].factors()
+        assert A.shape[-2] == B.shape[-1] == 1
+        with torch.no_grad():
+            wanted = delta.adapted_weight(W) - W
+            got = small.deltas[site].scale * (B @ A)
+            bias = delta.bias_update(delta.b) if delta.biased and delta.b is not None else torch.zeros(1)
+            true = ((wanted - got).square().sum() + bias.square().sum()) / (wanted.square().sum() + bias.square().sum())
         assert report[site] == pytest.approx(float(true) ** 0.5, abs=1e-6)
-        assert torch.linalg.matrix_rank(got).max() <= 1
 
 
 @every_method

@@ -21,7 +21,12 @@ from rankfold.errors import AdapterFileError, RankfoldError
 def llama(seed: int = 0, width: int = 32) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=width, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, name_or_path="org/tiny"
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        name_or_path="org/tiny",
     )
     return LlamaForCausalLM(config).eval()
 
@@ -130,7 +135,13 @@ def test_a_new_process_computes_the_same_to_the_bit(tmp_path: Path) -> None:
         rankfold.save(model, tmp_path / name, name=name)
         expected[name] = logits(model)
     command = [sys.executable, "-c", _IN_A_NEW_PROCESS, str(tmp_path), *cases]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     for name in cases:
         assert torch.equal(torch.load(tmp_path / f"{name}.pt"), expected[name]), name
@@ -235,7 +246,7 @@ def test_a_number_too_large_for_the_asked_dtype_is_refused(tmp_path: Path) -> No
         next(adapter.parameters())[0, 0] = 1e6
     rankfold.save(model, tmp_path)
     rankfold.load(llama(), tmp_path)
-    with pytest.raises(AdapterFileError, match="another dtype.*infinity"):
+    with pytest.raises(AdapterFileError, match=r"another dtype.*infinity"):
         rankfold.load(llama(), tmp_path, dtype=torch.float16)
 
 
@@ -279,7 +290,7 @@ def test_saving_names_what_is_wrong(tmp_path: Path) -> None:
         rankfold.save(llama(), tmp_path)
     model = llama()
     trained(model)
-    with pytest.raises(RankfoldError, match="no adapter is called 'other'.*'default'"):
+    with pytest.raises(RankfoldError, match=r"no adapter is called 'other'.*'default'"):
         rankfold.save(model, tmp_path, name="other")
     rankfold.set_active(model, None)
     with pytest.raises(RankfoldError, match="no adapter is active"):
@@ -290,7 +301,9 @@ def test_saving_names_what_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace", "interrupt", "second file"])
-def test_a_save_that_fails_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_a_save_that_fails_leaves_the_old_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
     model = llama()
     adapter = trained(model)
     rankfold.save(model, tmp_path)
@@ -376,7 +389,9 @@ def test_another_models_weights_are_refused_and_the_model_is_untouched(tmp_path:
     rankfold.save(model, tmp_path)
     other = llama(seed=5)
     before = plant(other)
-    with pytest.raises(AdapterFileError, match=r"differ .* by 1\.\d.*'LlamaForCausalLM' 'org/tiny' of [\d,]+ parameters.*strict=False"):
+    with pytest.raises(
+        AdapterFileError, match=r"differ .* by 1\.\d.*'LlamaForCausalLM' 'org/tiny' of [\d,]+ parameters.*strict=False"
+    ):
         rankfold.load(other, tmp_path)
     assert plant(other) == before
     with pytest.warns(UserWarning, match="strict=False"):
@@ -390,8 +405,14 @@ def test_a_model_of_another_structure_is_refused_by_layer_and_shape(tmp_path: Pa
     rankfold.save(model, tmp_path)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32))
     for other, words in (
-        (llama(width=64), r"'model\.layers\.0\.self_attn\.q_proj' as 'linear' of 32×32.* 'linear' of 64×64.*'LlamaForCausalLM' 'org/tiny'"),
-        (gpt2, r"'model\.layers\.0\.self_attn\.q_proj'.*GPT2LMHeadModel has no such layer.*trained on 'LlamaForCausalLM' 'org/tiny'"),
+        (
+            llama(width=64),
+            r"q_proj' as 'linear' of 32×32.* 'linear' of 64×64.*'LlamaForCausalLM' 'org/tiny'",
+        ),
+        (
+            gpt2,
+            r"'model\.layers\.0\.self_attn\.q_proj'.*GPT2LMHeadModel has no such layer.*'LlamaForCausalLM' 'org/tiny'",
+        ),
     ):
         before = plant(other)
         with pytest.raises(AdapterFileError, match=words):
@@ -462,7 +483,9 @@ def test_where_a_model_lay_on_disk_is_not_told(tmp_path: Path) -> None:
 )
 def test_difference_is_relative_to_the_larger(theirs: list[float], ours: list[float], expected: float) -> None:
     assert fingerprint.difference({"a": theirs}, {"a": ours}) == pytest.approx(expected)
-    assert fingerprint.difference({"a": theirs, "b": [1.0]}, {"a": ours, "b": [1.0]}) == pytest.approx(expected / 2**0.5)
+    assert fingerprint.difference({"a": theirs, "b": [1.0]}, {"a": ours, "b": [1.0]}) == pytest.approx(
+        expected / 2**0.5
+    )
 
 
 def test_a_transposed_layer_has_the_same_sample() -> None:
@@ -516,7 +539,9 @@ def test_what_cannot_be_downloaded_says_why(monkeypatch: pytest.MonkeyPatch) -> 
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(AdapterFileError, match=r"no folder 'org/adapter'.*cannot be downloaded.*ConnectionError: no route to host"):
+    with pytest.raises(
+        AdapterFileError, match=r"no folder 'org/adapter'.*cannot be downloaded.*ConnectionError: no route to host"
+    ):
         rankfold.load(llama(), "org/adapter")
 
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,14 +161,21 @@ def added(name: str, **changes: Any) -> Callable[[bytes], bytes]:
         (added("a\nb\x1b[31m"), "unprintable name"),
         (added("\ud800"), "unprintable name"),
         (added("x" * 5000), "overlong"),
-        (with_header(lambda h: {k: v for k, v in h.items() if k == "__metadata__"}), "bytes behind|needs|lacks|the file holds"),
+        (
+            with_header(lambda h: {k: v for k, v in h.items() if k == "__metadata__"}),
+            "bytes behind|needs|lacks|the file holds",
+        ),
     ],
 )
-def test_damaged_tensor_files(tmp_path: Path, good: tuple[bytes, bytes], damage: Callable[[bytes], bytes], words: str) -> None:
+def test_damaged_tensor_files(
+    tmp_path: Path, good: tuple[bytes, bytes], damage: Callable[[bytes], bytes], words: str
+) -> None:
     refused(place(tmp_path, damage(good[0])), words)
 
 
-def test_a_header_longer_than_any_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: tuple[bytes, bytes]) -> None:
+def test_a_header_longer_than_any_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: tuple[bytes, bytes]
+) -> None:
     monkeypatch.setattr("rankfold.core.tensorfile.MAX_JSON", 64)
     refused(place(tmp_path, good[0]), "more than an adapter's")
 
@@ -182,7 +190,7 @@ def test_overlapping_tensors(tmp_path: Path, good: tuple[bytes, bytes]) -> None:
 def test_missing_tensor(tmp_path: Path, good: tuple[bytes, bytes]) -> None:
     header, data = split(good[0])
     last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"][0])
-    begin, end = header.pop(last)["data_offsets"]
+    begin = header.pop(last)["data_offsets"][0]
     refused(place(tmp_path, join(header, data[:begin])), "lacks|no such tensor|the file holds")
 
 
@@ -296,7 +304,10 @@ def base(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (hyper(rank=10**300), "rank|numbers and the file holds"),
         (hyper(dropout=1.5), "dropout"),
         (hyper(colour="red"), "colour.*hyperparameters of lora"),
-        (hyper(name2=1), "name2"),
+        (hyper(**{"\x1b[31m": 1}), "no hyperparameter"),
+        (hyper(**{"x" * 5000: 1}), "no hyperparameter"),
+        (put(method={"name": "x" * 5000}), "has no name"),
+        (put(method={"name": "\x1b[31m"}), "no component is called"),
         (site(method={"rank": 10**10}), "numbers and the file holds"),
         (site(method={"colour": 1}), "colour"),
         (site(method={"name": "nothing"}), "no component is called 'nothing'"),
@@ -324,7 +335,9 @@ def base(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (put(sha256="0" * 64), "sha256"),
     ],
 )
-def test_damaged_documents(tmp_path: Path, good: tuple[bytes, bytes], change: Callable[[dict[str, Any]], Any], words: str) -> None:
+def test_damaged_documents(
+    tmp_path: Path, good: tuple[bytes, bytes], change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
     refused(place(tmp_path, documented(good, change)), words)
 
 
@@ -352,7 +365,10 @@ def test_a_huge_document_is_not_read(tmp_path: Path, good: tuple[bytes, bytes]) 
 def test_a_document_that_was_edited(tmp_path: Path, good: tuple[bytes, bytes]) -> None:
     document = json.loads(good[1])
     document["method"]["alpha"] = 64.0
-    refused(place(tmp_path, good[0], json.dumps(document).encode()), "changed after it was saved.*method.*Delete adapter.json")
+    refused(
+        place(tmp_path, good[0], json.dumps(document).encode()),
+        "changed after it was saved.*method.*Delete adapter.json",
+    )
     reformatted = json.dumps(json.loads(good[1]), indent=4).encode()
     rankfold.load(net(), place(tmp_path, good[0], reformatted))
 
@@ -387,7 +403,7 @@ def test_symbolic_links(tmp_path: Path, good: tuple[bytes, bytes]) -> None:
         (inside / name).symlink_to(name)
         refused(inside, "cannot be opened|symbolic link")
         (inside / name).unlink()
-        (outside / name).copy(inside / "real") if hasattr(Path, "copy") else (inside / "real").write_bytes((outside / name).read_bytes())
+        (inside / "real").write_bytes((outside / name).read_bytes())
         (inside / name).symlink_to("real")
         rankfold.load(net(), inside)
         (inside / name).unlink()
@@ -436,7 +452,9 @@ def test_a_file_that_takes_the_place_of_the_one_looked_at(
         (tmp_path / TENSORS).write_bytes(good[0])
 
 
-def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: tuple[bytes, bytes]) -> None:
+def test_a_file_that_changes_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: tuple[bytes, bytes]
+) -> None:
     from rankfold.core import tensorfile
 
     real = tensorfile._read_exactly
@@ -488,7 +506,10 @@ def test_the_callers_mistakes_are_the_callers(tmp_path: Path, good: tuple[bytes,
 
 def outcome(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     try:
-        loaded = rankfold.load(net(), folder).state_dict()
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # a sample of the base that moved a little is worth a warning only
+            loaded = rankfold.load(net(), folder).state_dict()
     except AdapterFileError:
         return
     assert loaded.keys() == expected.keys()

@@ -210,7 +210,8 @@ def llama(**options: Any) -> nn.Module:
     sizes = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 64,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attn_implementation": "eager", "initializer_range": 0.3,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attn_implementation": "eager",
+        "initializer_range": 0.3,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **options})).double().eval()
 
@@ -282,8 +283,9 @@ def test_gpt2(form: str) -> None:
 def mixture(family: str, implementation: str) -> nn.Module:
     torch.manual_seed(0)
     sizes = {
-        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "vocab_size": 61, "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.4, "head_dim": 8,
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": 61, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "initializer_range": 0.4, "head_dim": 8,
         "attn_implementation": "eager", "experts_implementation": implementation, "max_position_embeddings": 64,
     }  # fmt: skip
     if family == "mixtral":
@@ -420,7 +422,7 @@ def test_multihead_attention_is_not_adapted_silently() -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_pytorchs_transformer_does_not_bypass_the_adapter_in_inference(padded: bool) -> None:
-    """Its fast path reads the weights of `linear1` and `linear2` and never calls them; padded batches become nested tensors."""
+    """Its fast path reads `linear1`'s weight without calling it; padded batches become nested tensors."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     model = nn.TransformerEncoder(layer, 2).double().eval()
     x = torch.randn(3, 5, 8, dtype=torch.float64)

@@ -111,7 +111,7 @@ def test_the_cut_is_seeded_and_apart(questions: Path) -> None:
 
 
 def test_a_held_out_file_and_limits(tmp_path: Path, questions: Path) -> None:
-    held = write(tmp_path / "held.jsonl", [{"question": "?", "answer": "!", "kind": "even"}] * 5)
+    held = write(tmp_path / "held.jsonl", [{"question": "?", "answer": "!", "kind": "high"}] * 5)
     train, held_out = rows.read_split(spec(questions, "text", limit=10, held_out={"path": str(held), "limit": 3}), 0)
     assert (len(train), len(held_out)) == (10, 3)
     assert set(held_out["question"]) == {"?"}
@@ -152,7 +152,10 @@ def test_chat_trains_on_the_assistant_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "columns"),
     [
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "B"}]}, {"messages": "conversations"}),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "B"}]},
+            {"messages": "conversations"},
+        ),
         ({"question": "a", "answer": "B"}, {"prompt": "question", "completion": "answer"}),
         ({"prompt": "a", "completion": "B"}, {}),
     ],
@@ -167,7 +170,7 @@ def test_chat_from_other_columns(tmp_path: Path, row: dict[str, Any], columns: d
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny, "CHAT_TEMPLATE", "{{ messages | length }}" + tiny.CHAT_TEMPLATE)
     path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 4)
-    with pytest.raises(RankfoldError, match="data.train_on: .*rewrites earlier turns"):
+    with pytest.raises(RankfoldError, match=r"data\.train_on: .*rewrites earlier turns"):
         prepare(spec(path, "chat"))
 
 
@@ -183,11 +186,11 @@ def test_text_is_packed(tmp_path: Path) -> None:
 def test_classes(questions: Path) -> None:
     data = spec(questions, "classification", columns={"text": "question", "label": "kind"})
     labels = data_module.class_names(data, *rows.read_split(data, 0))
-    assert labels == ("even", "odd")
+    assert labels == ("high", "low")
     row = prepare(data, labels).train[0]
-    a, b = TOKENIZER.decode(row["input_ids"]).rstrip("?").split("+")
-    assert labels[row["labels"]] == ("even" if (int(a) + int(b)) % 2 == 0 else "odd")
-    with pytest.raises(RankfoldError, match="data.labels: a row has the label '(even|odd)'; listed are: x, y"):
+    a = TOKENIZER.decode(row["input_ids"]).split("+")[0]
+    assert labels[row["labels"]] == ("high" if int(a) >= 5 else "low")
+    with pytest.raises(RankfoldError, match=r"data\.labels: a row has the label '(high|low)'; listed are: x, y"):
         prepare(data, ("x", "y"))
 
 

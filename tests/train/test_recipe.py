@@ -46,7 +46,10 @@ def test_what_is_written_reads_back_the_same(tmp_path: Path) -> None:
         ({"data": {**SMALL["data"], "held_out": {"fracton": 0.1}}}, "data.held_out.fracton: .*did you mean fraction"),
         ({"data": {"path": "x", "format": "tekst"}}, "data.format: .*'chat', 'prompt-completion', 'text'.*'tekst'"),
         ({"data": {"path": "x", "format": "text", "columns": {"prompt": "p"}}}, "data.columns: .*'prompt'.*: text"),
-        ({"data": {"path": "x", "format": "text", "held_out": {"path": "a", "split": "b"}}}, "data.held_out: .*not both"),
+        (
+            {"data": {"path": "x", "format": "text", "held_out": {"path": "a", "split": "b"}}},
+            "data.held_out: .*not both",
+        ),
         ({"optimizer": {"lr": -1}}, "optimizer.lr: .*greater than 0.*-1"),
         ({"budget": {}}, "budget: give at least one of steps, epochs, minutes, tokens"),
         ({"budget": {"steps": "many"}}, "budget.steps: .*integer"),
@@ -143,7 +146,9 @@ def test_the_guide_names_every_key() -> None:
     assert sorted(key for key in keys if f"`{key}`" not in guide) == []
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].joinpath("examples/recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[2].joinpath("examples/recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_the_example_recipes_are_valid(path: Path) -> None:
     from rankfold.train.plan import build_parts, optimizer_class
 

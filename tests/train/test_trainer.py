@@ -135,7 +135,7 @@ def test_evaluate_is_the_mean_over_tokens_however_batched(tmp_path: Path) -> Non
     for row in ROWS[:5]:
         batch = collate([row])
         tokens = int((batch["labels"][:, 1:] != -100).sum())
-        total, count = total + float(model(**batch).loss) * tokens, count + tokens
+        total, count = total + model(**batch).loss.item() * tokens, count + tokens
     for size in (1, 2, 5):
         trainer = make(tmp_path, model, adapter, per_device_eval_batch_size=size)
         trainer.state.global_step = 1

@@ -102,7 +102,7 @@ def write_questions(path: Path, count: int = 60) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
             a, b = rng.randrange(10), rng.randrange(10)
-            kind = "even" if (a + b) % 2 == 0 else "odd"
+            kind = "high" if a >= 5 else "low"
             print(json.dumps({"question": f"{a}+{b}?", "answer": f"{a + b}", "kind": kind}), file=file)
     return path
 

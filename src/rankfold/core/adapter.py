@@ -99,13 +99,17 @@ class Adapter:
         return f"Adapter({self.name!r}, {self.method!r}, {len(self.deltas)} sites{extra}, {self.num_parameters():,} parameters)"
 
 
-def check_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, error: type[RankfoldError] = RankfoldError) -> None:
+def check_tensors(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, error: type[RankfoldError] = RankfoldError
+) -> None:
     """Refuse tensors whose names or shapes are not the expected ones, or that hold NaN or infinity."""
     check_layout(own, given, what, error)
     check_finite(given, what, error)
 
 
-def check_layout(own: Mapping[str, Tensor], given: Mapping[str, Any], what: str, error: type[RankfoldError] = RankfoldError) -> None:
+def check_layout(
+    own: Mapping[str, Tensor], given: Mapping[str, Any], what: str, error: type[RankfoldError] = RankfoldError
+) -> None:
     """Refuse tensors, or descriptions of tensors, whose names, shapes or sorts of number are not the expected ones."""
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing or extra:
@@ -138,7 +142,9 @@ def state_of(model: nn.Module) -> State:
     """The adapters' state of a model, also through wrappers (`torch.compile`, DDP, Accelerate). Raises if none was attached."""
     state = _find_state(model)
     if state is None:
-        raise RankfoldError(f"no adapter is attached to this {type(model).__name__}: call rankfold.attach or rankfold.load first")
+        raise RankfoldError(
+            f"no adapter is attached to this {type(model).__name__}: call rankfold.attach or rankfold.load first"
+        )
     return state
 
 
@@ -215,7 +221,9 @@ def attach(
     if fold and init is None:
         raise RankfoldError("fold=True folds an init's offset into the weights, and there is no init")
     copies = _modules_in_full(model, modules_to_save, matched)
-    return build_adapter(model, matched, method, methods, name, fill, init=init, seed=seed, targets=targets, copies=copies, dtype=dtype)
+    return build_adapter(
+        model, matched, method, methods, name, fill, init=init, seed=seed, targets=targets, copies=copies, dtype=dtype
+    )
 
 
 def build_adapter(
@@ -239,13 +247,19 @@ def build_adapter(
     """
     state = _find_state(model)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise RankfoldError(f"adapter name {name!r}: use 1 to 128 letters, digits or _ + = @ -, starting with a letter, digit or _")
+        raise RankfoldError(
+            f"adapter name {name!r}: use 1 to 128 letters, digits or _ + = @ -, starting with a letter, digit or _"
+        )
     if state is not None and name in state.adapters:
-        raise RankfoldError(f"an adapter called {name!r} is attached already (attached are: {', '.join(state.adapters)}); choose another name or detach it")
+        raise RankfoldError(
+            f"an adapter called {name!r} is attached already (attached are: {', '.join(state.adapters)}); choose another name or detach it"
+        )
     for target in matched:
         refusal = methods[target.site.name].refusal(target.site)
         if refusal:
-            raise UnsupportedError(f"{methods[target.site.name].slug} cannot adapt {target.site.name} ({target.site.out}×{target.site.in_}, {target.site.kind}): {refusal}")
+            raise UnsupportedError(
+                f"{methods[target.site.name].slug} cannot adapt {target.site.name} ({target.site.out}×{target.site.in_}, {target.site.kind}): {refusal}"
+            )
         if dtype is not None:
             target.site.dtype = dtype
 
@@ -301,7 +315,9 @@ def _make_deltas(adapter: Adapter, matched: list[Target], methods: Mapping[str, 
     for site in sites:
         delta = adapter.deltas[site.name] = methods[site.name].delta(site, adapter.shared)
         if site.kind == "experts" and delta.form == "function":
-            raise UnsupportedError(f"{adapter.method.slug} changes a layer's output by a function, and the fused experts of {site.name} take a ΔW only")
+            raise UnsupportedError(
+                f"{adapter.method.slug} changes a layer's output by a function, and the fused experts of {site.name} take a ΔW only"
+            )
 
 
 def _override(method: Method, sites: list[Site], overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
@@ -314,7 +330,9 @@ def _override(method: Method, sites: list[Site], overrides: Mapping[str, Mapping
                 used.add(pattern)
                 break
     if unused := [pattern for pattern in overrides if pattern not in used]:
-        raise RankfoldError(f"overrides for {', '.join(map(repr, unused))} match none of the {len(sites)} targets, such as {', '.join(s.name for s in sites[:3])}")
+        raise RankfoldError(
+            f"overrides for {', '.join(map(repr, unused))} match none of the {len(sites)} targets, such as {', '.join(s.name for s in sites[:3])}"
+        )
     return own
 
 
@@ -322,7 +340,9 @@ def _fullmatch(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise RankfoldError(f"overrides: {pattern!r} is neither a path suffix nor a regular expression: {error}") from None
+        raise RankfoldError(
+            f"overrides: {pattern!r} is neither a path suffix nor a regular expression: {error}"
+        ) from None
 
 
 def _values(method: Method) -> dict[str, Any]:
@@ -341,13 +361,17 @@ def _with_rank(method: Method, rank: int) -> Method:
     return build(method.slug, **{**_values(method), **changes})
 
 
-def _statistics(model: nn.Module, needs: Sequence[Statistic], matched: list[Target], calibration: Any, slug: str) -> Calibration | None:
+def _statistics(
+    model: nn.Module, needs: Sequence[Statistic], matched: list[Target], calibration: Any, slug: str
+) -> Calibration | None:
     if not needs:
         if calibration is not None:
             raise RankfoldError(f"calibration= was given, but init {slug!r} needs no statistics")
         return None
     if calibration is None:
-        raise RankfoldError(f"init {slug!r} needs statistics of the data: attach(..., calibration=batches), an iterable of model inputs")
+        raise RankfoldError(
+            f"init {slug!r} needs statistics of the data: attach(..., calibration=batches), an iterable of model inputs"
+        )
     if isinstance(calibration, Calibration):
         return calibration
     return calibrate(model, calibration, needs, [target.site.name for target in matched])
@@ -355,15 +379,21 @@ def _statistics(model: nn.Module, needs: Sequence[Statistic], matched: list[Targ
 
 def _start(init: Init, delta: Delta, method: Method, statistics: Calibration | None, rng: torch.Generator) -> None:
     if not delta.startable:
-        raise RankfoldError(f"init {init.slug!r} sets the two factors of a low-rank product, which {method.slug!r} does not train")
+        raise RankfoldError(
+            f"init {init.slug!r} sets the two factors of a low-rank product, which {method.slug!r} does not train"
+        )
     W = delta.W.detach()
     W = W if W.dtype == torch.float64 else W.float()
     B, A, offset = init.factors(delta.site, W, delta.A.shape[-2], delta.scale, statistics, rng)
     for letter, factor, own in (("B", B, delta.B), ("A", A, delta.A)):
         if factor.shape != own.shape:
-            raise RankfoldError(f"init {init.slug!r} gives {letter} of shape {tuple(factor.shape)} at {delta.site.name}, expected {tuple(own.shape)}")
+            raise RankfoldError(
+                f"init {init.slug!r} gives {letter} of shape {tuple(factor.shape)} at {delta.site.name}, expected {tuple(own.shape)}"
+            )
         if not bool(torch.isfinite(factor).all()):
-            raise RankfoldError(f"init {init.slug!r} gives a start with NaN or infinity at {delta.site.name}: is the base weight finite?")
+            raise RankfoldError(
+                f"init {init.slug!r} gives a start with NaN or infinity at {delta.site.name}: is the base weight finite?"
+            )
     delta.set_start(B, A, offset)
 
 
@@ -371,7 +401,9 @@ def _check_alive(delta: Delta) -> None:
     """Two factors that both start at zero have no gradient, ever."""
     product = delta.factors() if delta.form == "factors" else (delta.B, delta.A) if delta.startable else None
     if product is not None and not any(bool(factor.any()) for factor in product):
-        raise RankfoldError(f"{type(delta).__name__} at {delta.site.name} starts with both factors zero: it has no gradient and can never train")
+        raise RankfoldError(
+            f"{type(delta).__name__} at {delta.site.name} starts with both factors zero: it has no gradient and can never train"
+        )
 
 
 def _fold(delta: Delta) -> None:
@@ -379,7 +411,9 @@ def _fold(delta: Delta) -> None:
         raise RankfoldError("fold=True folds an init's offset into the weights, and this init has none")
     weight = delta.site.stored
     if not is_plain(weight):
-        raise UnsupportedError(f"{delta.site.name} is quantised: folding would have to round its weight again; use fold=False")
+        raise UnsupportedError(
+            f"{delta.site.name} is quantised: folding would have to round its weight again; use fold=False"
+        )
     W = delta.W.detach()
     wide = W if W.dtype == torch.float64 else W.float()
     folded = wide - delta.scale * (delta.B0.to(wide.dtype) @ delta.A0.to(wide.dtype))
@@ -401,7 +435,9 @@ def _modules_in_full(model: nn.Module, suffixes: Sequence[str], matched: list[Ta
         found |= here
     for path in found:
         if clash := [other for other in taken if other == path or other.startswith(path + ".")]:
-            raise RankfoldError(f"modules_to_save: {path} is trained in full and also a target ({clash[0]}); choose one")
+            raise RankfoldError(
+                f"modules_to_save: {path} is trained in full and also a target ({clash[0]}); choose one"
+            )
     return found
 
 
@@ -453,7 +489,9 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     state = state_of(model)
     state.check(old)
     if not _NAME.fullmatch(new):
-        raise RankfoldError(f"adapter name {new!r}: use 1 to 128 letters, digits or _ + = @ -, starting with a letter, digit or _")
+        raise RankfoldError(
+            f"adapter name {new!r}: use 1 to 128 letters, digits or _ + = @ -, starting with a letter, digit or _"
+        )
     if new in state.adapters:
         raise RankfoldError(f"an adapter called {new!r} is attached already")
     with state.lock:

@@ -56,7 +56,7 @@ class _Strict(BaseModel):
 
 
 class SiteRecord(_Strict):
-    """One adapted weight: its kind, shape `[*experts, out, in]`, the delta's dtype, the hyperparameters it has of its own."""
+    """One adapted weight: kind, shape `[*experts, out, in]`, the delta's dtype, the hyperparameters of its own."""
 
     kind: str
     shape: Annotated[list[_Size], Field(min_length=2, max_length=3)]
@@ -70,7 +70,9 @@ class Base(_Strict):
     class_: str = Field(alias="class")
     name_or_path: str
     parameters: int
-    sample: Annotated[dict[str, Annotated[list[FiniteFloat], Field(max_length=fingerprint.VALUES)]], Field(max_length=64)]
+    sample: Annotated[
+        dict[str, Annotated[list[FiniteFloat], Field(max_length=fingerprint.VALUES)]], Field(max_length=64)
+    ]
 
     def __str__(self) -> str:
         name = f" {self.name_or_path!r}" if self.name_or_path else ""
@@ -80,7 +82,7 @@ class Base(_Strict):
 class Document(_Strict):
     """What `adapter.json` says. `sha256` is over the tensors; `fold` whether the offset was folded into the weights."""
 
-    format: Literal[1]
+    format: int
     rankfold: str
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     name: Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
@@ -115,7 +117,8 @@ class AdapterFile:
 def save(model: nn.Module, path: str | Path, name: str | None = "default") -> Path:
     """Write an adapter (`None`: the active one) into the folder `path`, replacing the one there.
 
-    Each file is written whole or not at all: after a full disk or Ctrl-C the folder holds the old adapter or the new one.
+    Each file is written whole or not at all: after a full disk or Ctrl-C the folder holds the old adapter or the
+    new one.
 
     Raises:
         RankfoldError: no such adapter, `path` is a file, or a tensor holds NaN or infinity; the folder is unchanged.
@@ -132,7 +135,9 @@ def save(model: nn.Module, path: str | Path, name: str | None = "default") -> Pa
     check_finite(tensors, f"adapter {name!r} is not saved")
     text = _text(_describe(adapter, tensors, state.originals))
     if len(text) > MAX_JSON // 4:
-        raise RankfoldError(f"{len(adapter.deltas):,} adapted layers need a document of {len(text):,} bytes, more than can be read back")
+        raise RankfoldError(
+            f"{len(adapter.deltas):,} adapted layers need a document of {len(text):,} bytes, more than can be read back"
+        )
 
     def write(file: Path) -> None:
         from safetensors.torch import save_file
@@ -145,7 +150,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = "default") -> Pa
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two at the same place in memory (tied weights of a module that is trained in full)."""
+    """On the CPU, contiguous, and no two at one place in memory (tied weights of a module that is trained in full)."""
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():
@@ -240,7 +245,10 @@ def _folder(path: str | Path) -> Path:
             raise
         raise AdapterFileError(f"{str(path)[:200]!r} is no path: {error}") from None
     if not _HUB_ID.fullmatch(str(path)):
-        raise AdapterFileError(f"there is no folder {str(path)!r}: give the folder that `rankfold.save` wrote, or a hub id such as 'org/name'")
+        raise AdapterFileError(
+            f"there is no folder {str(path)[:200]!r}: give the folder that `rankfold.save` wrote, or a hub id such as "
+            "'org/name'"
+        )
     try:
         from huggingface_hub import snapshot_download
 
@@ -248,7 +256,8 @@ def _folder(path: str | Path) -> Path:
     except Exception as error:  # the hub client raises a dozen types, of its own and of the HTTP library below it
         reason = str(error).strip().splitlines() or [""]
         raise AdapterFileError(
-            f"there is no folder {str(path)!r}, and it cannot be downloaded from the Hugging Face Hub: {type(error).__name__}: {reason[0]}"
+            f"there is no folder {str(path)!r}, and it cannot be downloaded from the Hugging Face Hub: "
+            f"{type(error).__name__}: {reason[0]}"
         ) from error
 
 
@@ -263,7 +272,9 @@ def _what_else(folder: Path) -> str:
 def _document(folder: Path, file: TensorFile) -> Document:
     what = f"{folder / TENSORS}: the embedded document"
     if "rankfold" not in file.metadata:
-        raise AdapterFileError(f"{folder / TENSORS} is a safetensors file, but no adapter of Rankfold: its metadata holds no document")
+        raise AdapterFileError(
+            f"{folder / TENSORS} is a safetensors file, but no adapter of Rankfold: its metadata holds no document"
+        )
     embedded = file.metadata["rankfold"].encode(errors="surrogatepass")
     document = _check_document(embedded, what)
     beside = _read_beside(folder)
@@ -271,10 +282,10 @@ def _document(folder: Path, file: TensorFile) -> Document:
         return document
     other = _check_document(beside, str(folder / DOCUMENT))
     if other.id == document.id and other != document:
+        keys = [key for key in Document.model_fields if getattr(other, key) != getattr(document, key)]
         raise AdapterFileError(
-            f"{folder / DOCUMENT} was changed after it was saved: it and its copy inside {TENSORS} have one id and differ in "
-            f"{', '.join(key for key in Document.model_fields if getattr(other, key) != getattr(document, key))}. "
-            f"Delete {DOCUMENT} to load what was saved"
+            f"{folder / DOCUMENT} was changed after it was saved: it and its copy inside {TENSORS} have one id and "
+            f"differ in {', '.join(keys)}. Delete {DOCUMENT} to load what was saved"
         )
     return document  # with another id, the save was cut off after the tensor file, which is whole, or goes on right now
 
@@ -289,7 +300,9 @@ def _read_beside(folder: Path) -> bytes | None:
         while len(data) <= MAX_JSON and (part := handle.read(MAX_JSON + 1 - len(data))):
             data += part
     if len(data) > MAX_JSON:
-        raise AdapterFileError(f"{folder / DOCUMENT} is larger than {MAX_JSON:,} bytes, more than an adapter's document")
+        raise AdapterFileError(
+            f"{folder / DOCUMENT} is larger than {MAX_JSON:,} bytes, more than an adapter's document"
+        )
     return data
 
 
@@ -298,11 +311,15 @@ def _check_document(data: bytes, what: str) -> Document:
     if not isinstance(parsed, dict):
         raise AdapterFileError(f"{what} is no JSON object")
     version = parsed.get("format")
-    if type(version) is int and version != FORMAT:
-        fix = "upgrade Rankfold to read it" if version > FORMAT else "no such format was ever written: the file is damaged"
+    if type(version) is not int:
         raise AdapterFileError(
-            f"{what} has format {version}, written by Rankfold {str(parsed.get('rankfold'))[:40]!r}; this is {rankfold.__version__}, which "
-            f"reads format {FORMAT}: {fix}"
+            f"{what}: 'format' must be a whole number and is {str(version)[:40]!r}: it is no adapter's document"
+        )
+    if version != FORMAT:
+        fix = "upgrade to read it" if version > FORMAT else "no such format was ever written, so the file is damaged"
+        raise AdapterFileError(
+            f"{what} has format {str(version)[:40]}, written by Rankfold {str(parsed.get('rankfold'))[:40]!r}; this is "
+            f"{rankfold.__version__}, which reads format {FORMAT}: {fix}"
         )
     try:
         document = Document.model_validate(parsed)
@@ -310,14 +327,28 @@ def _check_document(data: bytes, what: str) -> Document:
         first = error.errors()[0]
         at = ".".join(map(str, first["loc"]))[:200]
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise AdapterFileError(f"{what}: {at!r}: {first['msg']}{more}; it is damaged or was edited: save or fetch it again") from None
+        raise AdapterFileError(
+            f"{what}: {at!r}: {first['msg']}{more}; it is damaged or was edited: save or fetch it again"
+        ) from None
     for path in (*document.sites, *document.modules):
         if not path.isprintable() or not all(path.split(".")) or _inside_adapter(path) or len(path) > 1000:
             raise AdapterFileError(f"{what}: {path[:200]!r} is no path of a layer: the file is damaged or hostile")
-    if len(set(document.modules)) != len(document.modules):
+    in_full = set(document.modules)
+    if len(in_full) != len(document.modules):
         raise AdapterFileError(f"{what}: a module is listed twice among the modules: the file is damaged")
+    for path in (*document.sites, *document.modules):
+        parts = path.split(".")
+        above = {".".join(parts[:depth]) for depth in range(1, len(parts))} | (
+            {path} if path in document.sites else set()
+        )
+        if clash := above & in_full:
+            raise AdapterFileError(
+                f"{what}: {min(clash)!r} is held in full and {path!r} in it also: the file is damaged or hostile"
+            )
     if unknown := [site for site in document.base.sample if site not in document.sites]:
-        raise AdapterFileError(f"{what}: the base is sampled at {unknown[0][:200]!r}, which is none of the sites: the file is damaged")
+        raise AdapterFileError(
+            f"{what}: the base is sampled at {unknown[0][:200]!r}, which is none of the sites: the file is damaged"
+        )
     return document
 
 
@@ -376,7 +407,7 @@ def load(
                 fill,
                 init=init,
                 seed=document.seed,
-                targets=document.targets,
+                targets=document.targets,  # type: ignore[arg-type]  # None where a callable chose them
                 copies=copies,
                 active=active,
             )
@@ -389,14 +420,23 @@ def load(
 def _component(described: Mapping[str, Any], axis: type[Component], what: str) -> Any:
     hyperparameters = dict(described)
     slug = hyperparameters.pop("name", None)
-    if not isinstance(slug, str):
+    if not isinstance(slug, str) or len(slug) > 100:
         raise AdapterFileError(f"{what}: the {axis.__name__.lower()} has no name: the document is damaged")
+    if strange := [key for key in hyperparameters if not key.isidentifier() or len(key) > 100]:
+        raise AdapterFileError(
+            f"{what}: {strange[0][:100]!r} is no hyperparameter of {slug!r}: the document is damaged"
+        )
     try:
         built = build(slug, **hyperparameters)
     except RankfoldError as error:
-        raise AdapterFileError(f"{what}: {error}. If {slug!r} is yours, import the file that defines it first; if it is newer, upgrade Rankfold") from None
+        raise AdapterFileError(
+            f"{what}: {error}. If {slug!r} is yours, import the file that defines it first; if it is newer than "
+            "this Rankfold, upgrade"
+        ) from None
     if not isinstance(built, axis):
-        raise AdapterFileError(f"{what}: {slug!r} is of the axis {type(built).axis!r}, where a {axis.__name__.lower()} belongs")
+        raise AdapterFileError(
+            f"{what}: {slug!r} is of the axis {type(built).axis!r}, where a {axis.__name__.lower()} belongs"
+        )
     return built
 
 
@@ -429,13 +469,13 @@ def _find(model: nn.Module, path: str) -> nn.Module | None:
     """The submodule at the path, through children only: a file's text never reaches `getattr`."""
     found: nn.Module | None = model
     for part in path.split("."):
-        found = found._modules.get(part)
-        if found is None:
-            return None
+        found = None if found is None else found._modules.get(part)
     return found
 
 
-def _target(model: nn.Module, name: str, record: SiteRecord, document: Document, what: str, dtype: torch.dtype | None) -> Target:
+def _target(
+    model: nn.Module, name: str, record: SiteRecord, document: Document, what: str, dtype: torch.dtype | None
+) -> Target:
     path = name.rpartition(".")[0] if record.kind == "experts" else name
     layer = _find(model, path) if path else None
     shape = "×".join(map(str, record.shape))
@@ -443,18 +483,23 @@ def _target(model: nn.Module, name: str, record: SiteRecord, document: Document,
     mixin = None if layer is None else kind_of(layer)
     if layer is None or mixin is None:
         there = "no such layer" if layer is None else f"a {type(layer).__name__} there, which no delta can sit on"
-        raise AdapterFileError(f"{what} adapts {name!r} ({record.kind[:40]!r}, {shape}), and this {type(model).__name__} has {there}; {trained_on}")
+        raise AdapterFileError(
+            f"{what} adapts {name!r} ({record.kind[:40]!r}, {shape}), and this {type(model).__name__} has {there}; "
+            f"{trained_on}"
+        )
     for site in mixin.sites(path, layer):
         if site.name == name:
             ours = [*site.batch, site.out, site.in_]
             if site.kind != record.kind or ours != record.shape:
                 raise AdapterFileError(
-                    f"{what} adapts {name!r} as {record.kind[:40]!r} of {shape}, and in this {type(model).__name__} it is "
-                    f"{site.kind!r} of {'×'.join(map(str, ours))}; {trained_on}"
+                    f"{what} adapts {name!r} as {record.kind[:40]!r} of {shape}, and in this {type(model).__name__} "
+                    f"it is {site.kind!r} of {'×'.join(map(str, ours))}; {trained_on}"
                 )
             site.dtype = getattr(torch, record.dtype) if dtype is None else dtype
             return Target(site, mixin, path, layer)
-    raise AdapterFileError(f"{what} adapts {name!r} ({shape}), and the {type(layer).__name__} there has no such weight; {trained_on}")
+    raise AdapterFileError(
+        f"{what} adapts {name!r} ({shape}), and the {type(layer).__name__} there has no such weight; {trained_on}"
+    )
 
 
 def _module(model: nn.Module, path: str, entries: Mapping[str, Entry], document: Document, what: str) -> nn.Module:
@@ -462,7 +507,9 @@ def _module(model: nn.Module, path: str, entries: Mapping[str, Entry], document:
     module = _find(model, path)
     trained_on = f"it was trained on {document.base}, so load that model"
     if module is None:
-        raise AdapterFileError(f"{what} holds the module {path!r} in full, and this {type(model).__name__} has none there; {trained_on}")
+        raise AdapterFileError(
+            f"{what} holds the module {path!r} in full, and this {type(model).__name__} has none there; {trained_on}"
+        )
     for name, parameter in module.named_parameters():
         if _inside_adapter(name):
             continue
@@ -470,12 +517,15 @@ def _module(model: nn.Module, path: str, entries: Mapping[str, Entry], document:
         if entry is None or entry.shape != tuple(parameter.shape):
             theirs = "no such tensor" if entry is None else f"one of {'×'.join(map(str, entry.shape))}"
             raise AdapterFileError(
-                f"{what}: {path}.{name} has shape {'×'.join(map(str, parameter.shape))} here, and the file holds {theirs}; {trained_on}"
+                f"{what}: {path}.{name} has shape {'×'.join(map(str, parameter.shape))} here, and the file holds "
+                f"{theirs}; {trained_on}"
             )
     return module
 
 
-def _check_size(method: Method, methods: Mapping[str, Method], sites: Sequence[Site], file: TensorFile, what: str) -> None:
+def _check_size(
+    method: Method, methods: Mapping[str, Method], sites: Sequence[Site], file: TensorFile, what: str
+) -> None:
     """Refuse hyperparameters that ask for more numbers than the file holds, before any memory is asked for."""
     try:
         needed = sum(site.count * methods[site.name].count(site) for site in sites) + method.shared_count(sites)
@@ -484,13 +534,18 @@ def _check_size(method: Method, methods: Mapping[str, Method], sites: Sequence[S
     held = sum(entry.numel for entry in file.entries.values())
     if needed > held:
         raise AdapterFileError(
-            f"{what}: {method!r} on {len(sites)} sites needs {needed:,} numbers and the file holds {held:,}: the document and the "
-            "tensors do not belong together; save or fetch it again"
+            f"{what}: {method!r} on {len(sites)} sites needs {needed:,} numbers and the file holds {held:,}: the "
+            "document and the tensors do not belong together; save or fetch it again"
         )
 
 
 def _check_base(
-    model: nn.Module, document: Document, sites: Sequence[Site], originals: Mapping[str, Tensor], strict: bool, what: str
+    model: nn.Module,
+    document: Document,
+    sites: Sequence[Site],
+    originals: Mapping[str, Tensor],
+    strict: bool,
+    what: str,
 ) -> None:
     theirs = document.base.sample
     sampled = {site.name: fingerprint.sample(site, originals) for site in sites if site.name in theirs}
@@ -504,27 +559,38 @@ def _check_base(
         f"(relative, sampled in {len(ours)} layers). It was trained on {document.base}; this is {here}"
     )
     if error <= _FOREIGN:
-        warnings.warn(f"{compared}. A quantised or further trained base looks like that; the adapter is loaded", stacklevel=4)
+        warnings.warn(
+            f"{compared}. A quantised or further trained base looks like that; the adapter is loaded", stacklevel=3
+        )
     elif strict:
-        raise AdapterFileError(f"{compared}. These are another model's weights: load the model it was trained on, or pass strict=False")
+        raise AdapterFileError(
+            f"{compared}. These are another model's weights: load the model it was trained on, or pass strict=False"
+        )
     else:
-        warnings.warn(f"{compared}. These are another model's weights; the adapter is loaded since strict=False", stacklevel=4)
+        warnings.warn(
+            f"{compared}. These are another model's weights; the adapter is loaded since strict=False", stacklevel=3
+        )
 
 
 def _take(adapter: Adapter, file: TensorFile, document: Document, what: str) -> None:
-    """Make the file's tensors the adapter's own, once names, shapes and dtypes fit: nothing is copied, they share one storage."""
+    """Make the file's tensors the adapter's own, once all fit: nothing is copied, they share one storage."""
     for site, delta in adapter.deltas.items():
         offset = (f"deltas.{site}.B0", f"deltas.{site}.A0")
         if delta.startable and "A0" not in delta._buffers and all(name in file.entries for name in offset):
             delta.register_buffer("B0", torch.empty_like(delta.B, requires_grad=False))
             delta.register_buffer("A0", torch.empty_like(delta.A, requires_grad=False))
     if isinstance(adapter.shared, Bases):  # bases that are not their seed's: an adapter that another library made
-        adapter.shared.keep(**{name: own for name, own in adapter.shared.named_buffers() if f"shared.{name}" in file.entries})
+        adapter.shared.keep(
+            **{name: own for name, own in adapter.shared.named_buffers() if f"shared.{name}" in file.entries}
+        )
     own = dict(adapter.named_tensors())
     check_layout(own, file.entries, what, AdapterFileError)
     tensors = file.tensors()
     if file.digest() != document.sha256:
-        raise AdapterFileError(f"{what}: the tensors are not those that were saved (their sha256 differs): the file is damaged; fetch or save it again")
+        raise AdapterFileError(
+            f"{what}: the tensors are not those that were saved (their sha256 differs): the file is damaged; fetch or "
+            "save it again"
+        )
     fitted = {name: tensors[name].to(device=mine.device, dtype=mine.dtype) for name, mine in own.items()}
     narrowed = {name: tensor for name, tensor in fitted.items() if tensor.dtype != tensors[name].dtype}
     check_finite(narrowed, f"{what}, in another dtype", AdapterFileError)
@@ -533,5 +599,7 @@ def _take(adapter: Adapter, file: TensorFile, document: Document, what: str) -> 
     if document.fold:
         for delta in adapter.deltas.values():
             if "A0" not in delta._buffers:
-                raise AdapterFileError(f"{what}: the offset is folded, it says, and there is none at {delta.site.name}: the document is damaged")
+                raise AdapterFileError(
+                    f"{what}: the offset is folded, it says, and there is none at {delta.site.name}: it is damaged"
+                )
             _fold(delta)

@@ -74,12 +74,12 @@ def _product(delta: Delta, rank: int | None) -> tuple[Tensor, Tensor, float]:
     if delta.form == "factors":
         B, A = (factor.to(W.dtype) for factor in delta.pair(on_base=True))
         B = B * delta.scale
-        total = float(((B.mT @ B) * (A @ A.mT)).sum())  # ‖B A‖², without forming the product
+        squared = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1))  # ‖B A‖², without forming the product
         keep = min(B.shape[-1], largest if rank is None else min(rank, largest))
-        lost = 0.0
+        total, lost = float(squared.sum()), 0.0
         if keep < B.shape[-1]:
             B, A, error = truncate(B, A, keep)
-            lost = float(error) ** 2 * total
+            lost = float((error.square() * squared).sum())
     else:
         if delta.is_folded:
             W = W + delta.scale * (delta.B0 @ delta.A0).to(W.dtype)

@@ -76,7 +76,9 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
         # A pipe would block the opening and a device could act on it, so neither is opened at all. What takes the
         # file's place after this look is caught by O_NOFOLLOW, O_NONBLOCK and the second look, at the open file.
         if not stat.S_ISREG(found.st_mode):
-            raise AdapterFileError(f"{folder / name} is not a regular file but a {_sort(found.st_mode)}: put the file itself there")
+            raise AdapterFileError(
+                f"{folder / name} is not a regular file but a {_sort(found.st_mode)}: put the file itself there"
+            )
         flags = [getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC")]
         handle = os.open(path, os.O_RDONLY | sum(flags))
     except FileNotFoundError:
@@ -111,8 +113,8 @@ def _sort(mode: int) -> str:
     return "device"
 
 
-def parse_json(data: bytes, what: str) -> Any:
-    """Parse JSON as its standard has it: UTF-8, no NaN or infinity, no key twice. Raises AdapterFileError that names `what`."""
+def parse_json(data: bytes | bytearray, what: str) -> Any:
+    """Parse JSON strictly: UTF-8, no NaN or infinity, no key twice. Raises AdapterFileError that names `what`."""
     try:
         return json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
     except RecursionError:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.core.delta import Site
-from rankfold.core.layers import Adapted, kind_of
+from rankfold.core.layers import kind_of
 from rankfold.core.quantized import dense, is_plain
+from rankfold.core.targets import _inside_adapter
 
 SITES = 8
 VALUES = 16
@@ -33,21 +34,19 @@ def fingerprint(model: nn.Module, sites: Sequence[Site], originals: Mapping[str,
     step = max(1.0, len(sites) / SITES)
     chosen = [sites[int(i * step)] for i in range(min(SITES, len(sites)))]
     sampled = {site.name: sample(site, originals) for site in chosen}
-    rounded = {name: [float(f"{value:.6g}") for value in values] for name, values in sampled.items() if values is not None}
+    rounded = {
+        name: [float(f"{value:.6g}") for value in values] for name, values in sampled.items() if values is not None
+    }
     return {**about(model), "sample": rounded}
 
 
-def about(model: nn.Module) -> dict[str, Any]:
-    cls = model._plain if isinstance(model, Adapted) else type(model)
+def about(model: Any) -> dict[str, Any]:
+    """The model's class, name and number of parameters, without its adapters'."""
+    cls = getattr(model, "_plain", type(model))  # an adapted layer's own class, if the model is a single layer
     name = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
     if Path(name).is_absolute() or Path(name).is_dir():
         name = Path(name).name  # where the model lay on the disk of whoever saved the adapter is nobody's business
-    inside = ("deltas.", "deltas_")
-    count = sum(
-        parameter.numel()
-        for path, parameter in model.named_parameters()
-        if not any(f".{mark}" in f".{path}" for mark in inside)
-    )
+    count = sum(parameter.numel() for path, parameter in model.named_parameters() if not _inside_adapter(path))
     return {"class": cls.__name__, "name_or_path": name[:200], "parameters": count}
 
 

@@ -172,8 +172,8 @@ class AdaptedLinear(Adapted):
         if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
             weight = self._parameters["weight"]  # type: ignore[attr-defined]
             raise UnsupportedError(
-                f"a {self._plain.__name__} with a weight of type {type(weight).__name__} passes no gradient to its input, so "
-                "the layers before it cannot train: quantise weights only, or run without gradients"
+                f"a {self._plain.__name__} with a weight of type {type(weight).__name__} passes no gradient to its input, "
+                "so the layers before it cannot train: quantise weights only, or run without gradients"
             )
         return y
 
@@ -478,11 +478,15 @@ def adapt_layer(layer: Any, mixin: type[Adapted], sites: list[Site], state: Stat
     if not isinstance(layer, Adapted):
         bound = layer.__dict__.get("_old_forward", layer.__dict__.get("forward"))
         if bound is not None and getattr(bound, "__func__", None) is not type(layer).forward:
-            raise UnsupportedError(f"the forward of a {type(layer).__name__} was replaced on the object; adapt it before that")
+            raise UnsupportedError(
+                f"the forward of a {type(layer).__name__} was replaced on the object; adapt it before that"
+            )
         experts = tuple(site.parameter for site in mixin.sites("", layer)) if mixin is AdaptedExperts else ()
         name = sites[0].name if sites else type(layer).__name__
         if mixin is AdaptedEmbedding and layer.max_norm is not None:
-            raise UnsupportedError(f"{name}: an embedding with max_norm rewrites its weight in every forward and cannot be adapted")
+            raise UnsupportedError(
+                f"{name}: an embedding with max_norm rewrites its weight in every forward and cannot be adapted"
+            )
         prepare(layer, name)
         layer._rankfold = state
         _change_class(layer, adapted_class(mixin, type(layer), experts))

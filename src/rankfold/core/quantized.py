@@ -17,12 +17,12 @@ _NOT_YET = (
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Whether a weight is an ordinary floating-point tensor that `F.linear` may be fused over (float8 is not: it has a scale)."""
+    """Whether `F.linear` may be fused over the weight: a tensor of ordinary floats (float8 has a scale)."""
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS
 
 
 def dense(weight: Tensor, layer: Any = None) -> Tensor:
-    """The weight as an ordinary floating-point tensor: itself if it is one, dequantised by its own library if it is not.
+    """The weight as an ordinary floating-point tensor: itself if it is one, else as its own library dequantises it.
 
     `layer` is the module that holds the weight. bitsandbytes keeps the scales of an int8 weight there from the first
     forward on, and those of a 4-bit weight that FSDP took apart.
@@ -49,8 +49,8 @@ def dense(weight: Tensor, layer: Any = None) -> Tensor:
             return getattr(weight, "get_original_weight", weight.dequantize)()
         except (NotImplementedError, RuntimeError, TypeError) as error:
             raise UnsupportedError(
-                f"{type(weight).__name__} has no way back to floating-point numbers ({str(error)[:80]}...): only a change "
-                "that never reads the base weight, such as LoRA's, can sit on this layer"
+                f"{type(weight).__name__} has no way back to floating-point numbers ({str(error)[:80]}...): only a "
+                "change that never reads the base weight, such as LoRA's, can sit on this layer"
             ) from error
     raise UnsupportedError(
         f"the weight holds {weight.dtype} numbers in no layout Rankfold can read; supported are float weights, "

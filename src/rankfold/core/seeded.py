@@ -5,9 +5,9 @@ Two kinds, for two uses:
 - *Drawn once and kept* (VeRA, RandLoRA): `uniform` and `ternary` from a CPU generator. Only uniform draws, because a
   normal draw passes through vectorised logarithms and sines, whose last bits differ between processors. What is done
   to a draw afterwards is exact or rounded once, in separate operations that no compiler can fuse.
-- *Never kept* (NOLA): k matrices M_1 … M_k that `combine` and `correlate` make again, a few at a time, whenever they are
-  needed. Entry after entry they come from SplitMix64 (Steele, Lea and Flood 2014), a counter through an integer hash:
-  whole-number arithmetic, so any device gives the same bits and none has to wait for a generator on the CPU.
+- *Never kept* (NOLA): k matrices M_1 … M_k that `combine` and `correlate` make again, a few at a time, whenever they
+  are needed. Entry after entry they come from SplitMix64 (Steele, Lea and Flood 2014), a counter through an integer
+  hash: whole-number arithmetic, so any device gives the same bits and none has to wait for a generator on the CPU.
 """
 
 import math
@@ -22,6 +22,9 @@ _AT_ONCE = 2**17  # numbers made at a time: enough to keep a device busy, few en
 
 class Bases(nn.Module):
     """Frozen tensors shared by all layers of an adapter. No checkpoint holds them: the seed does."""
+
+    A: Tensor
+    B: Tensor
 
     def __init__(self, **tensors: Tensor):
         super().__init__()

@@ -1,8 +1,8 @@
 """Reading a safetensors file that a stranger may have made, in one pass and into one block of memory.
 
-The library of that name maps the file by its path, copies every tensor out, and leaves the meaning of a damaged header
-to its caller. Adapters are loaded by the thousand and from anywhere, so this reader takes an open file, checks the whole
-header against its size before a byte of data is read, and gives views of one storage.
+The library of that name opens the file by its path and copies every tensor out. Adapters are loaded by the thousand and
+from anywhere, so this reader takes an open file, checks the whole header against its size before a byte of data is
+read, says what is wrong and how to mend it, and gives views of one storage.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ class Entry:
 
 
 class TensorFile:
-    """The checked header of an open safetensors file: `entries` by tensor name, `metadata`, `size` of the data in bytes."""
+    """The checked header of an open file: `entries` by tensor name, `metadata`, and the data's `size` in bytes."""
 
     def __init__(self, handle: BinaryIO, what: str):
         self._handle, self._what = handle, what
@@ -79,11 +79,13 @@ class TensorFile:
                     "Rankfold reads safetensors files only: ask for the adapter in that format"
                 )
             raise AdapterFileError(
-                f"{self._what} claims a header of {length:,} bytes and has {there:,} in all: it is no safetensors file, or "
-                "cut short; fetch or save it again"
+                f"{self._what} claims a header of {length:,} bytes and has {there:,} in all: it is no safetensors "
+                "file, or cut short; fetch or save it again"
             )
         if length > MAX_JSON:
-            raise AdapterFileError(f"{self._what} claims a header of {length:,} bytes, more than an adapter's ({MAX_JSON:,} at most)")
+            raise AdapterFileError(
+                f"{self._what} claims a header of {length:,} bytes, more than an adapter's ({MAX_JSON:,} at most)"
+            )
         return length
 
     def _metadata(self, value: Any) -> dict[str, str]:
@@ -107,7 +109,9 @@ class TensorFile:
         entry = Entry(_DTYPES[dtype], tuple(shape), *offsets)
         needed = entry.numel * entry.dtype.itemsize
         if entry.end - entry.begin != needed:
-            raise AdapterFileError(f"{at} of shape {list(shape)} needs {needed:,} bytes and has {entry.end - entry.begin:,}")
+            raise AdapterFileError(
+                f"{at} of shape {list(shape)} needs {needed:,} bytes and has {entry.end - entry.begin:,}"
+            )
         return entry
 
     def _check_layout(self) -> None:
@@ -116,11 +120,16 @@ class TensorFile:
         for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
             if entry.begin != end:
                 trouble = "overlaps another tensor" if entry.begin < end else "leaves a gap before it"
-                raise AdapterFileError(f"{self._what}: tensor {name!r} {trouble} (it starts at byte {entry.begin:,}, not {end:,})")
+                raise AdapterFileError(
+                    f"{self._what}: tensor {name!r} {trouble} (it starts at byte {entry.begin:,}, not {end:,})"
+                )
             end = entry.end
         if end != self.size:
             trouble = "is cut short" if end > self.size else "has bytes behind its last tensor"
-            raise AdapterFileError(f"{self._what} {trouble}: {self.size:,} bytes of data where the header says {end:,}; fetch or save it again")
+            raise AdapterFileError(
+                f"{self._what} {trouble}: {self.size:,} bytes of data where the header says {end:,}; fetch or save it "
+                "again"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """Read the data once: CPU tensors by name, all views of one storage. Refuses NaN and infinity."""
@@ -145,7 +154,9 @@ class TensorFile:
         part = data[entry.begin : entry.end]
         if entry.dtype == torch.bool and bool((part > 1).any()):
             raise AdapterFileError(f"{self._what}: tensor {name!r} of booleans holds other values than 0 and 1")
-        if entry.begin % entry.dtype.itemsize:  # no file of ours: a view has to start at a multiple of its numbers' size
+        if (
+            entry.begin % entry.dtype.itemsize
+        ):  # no file of ours: a view has to start at a multiple of its numbers' size
             part = part.clone()
         return part.view(entry.dtype).view(entry.shape)
 
@@ -153,11 +164,15 @@ class TensorFile:
         dtypes = {entry.dtype for entry in self.entries.values()}
         if len(dtypes) == 1 and self.size:  # as nearly always; a finite sum tells that all numbers are
             dtype = dtypes.pop()
-            if not dtype.is_floating_point or math.isfinite(data.view(dtype).sum(dtype=torch.promote_types(dtype, torch.float32))):
+            if not dtype.is_floating_point or math.isfinite(
+                data.view(dtype).sum(dtype=torch.promote_types(dtype, torch.float32))
+            ):
                 return
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise AdapterFileError(f"{self._what}: {name} holds NaN or infinity: the adapter diverged in training or is damaged")
+                raise AdapterFileError(
+                    f"{self._what}: {name} holds NaN or infinity: the adapter diverged in training or is damaged"
+                )
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

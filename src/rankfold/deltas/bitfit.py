@@ -1,4 +1,7 @@
-"""BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models. Ben Zaken et al. 2021."""
+"""BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models.
+
+Ben Zaken et al. 2021, arXiv 2106.10199.
+"""
 
 from typing import ClassVar
 
@@ -41,4 +44,4 @@ class BitFitDelta(Delta):
         nn.init.zeros_(self.bias)
 
     def bias_update(self, b: Tensor | None) -> Tensor:
-        return self.bias
+        return self.bias if b is None else self.bias.view(b.shape)  # a layer norm over several dimensions has them all

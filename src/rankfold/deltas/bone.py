@@ -22,7 +22,9 @@ class Bone(Method):
     """
 
     slug: ClassVar[str] = "bone"
-    title: ClassVar[str] = "Bone: Block Affine Transformation as Parameter Efficient Fine-tuning Methods for Large Language Models"
+    title: ClassVar[str] = (
+        "Bone: Block Affine Transformation as Parameter Efficient Fine-tuning Methods for Large Language Models"
+    )
     source: ClassVar[str] = "arXiv 2409.15371"
 
     rank: Rank | None = None
@@ -59,7 +61,7 @@ class BatDelta(Delta):
 
     def transform(self, W: Tensor) -> Tensor:
         i, r, _ = self.D.shape[-3:]
-        blocks = W.unflatten(-1, (-1, r)).unflatten(-3, (i, r))  # (out/r, r, in/r, r): row block, row, column block, column
+        blocks = W.unflatten(-1, (-1, r)).unflatten(-3, (i, r))  # (out/r, r, in/r, r): W_ij is blocks[i, :, j]
         change = torch.einsum("...iajb,...ibc->...iajc", blocks.to(self.D.dtype), self.D) + self.D.unsqueeze(-2)
         return W + change.reshape(W.shape)
 

@@ -60,7 +60,7 @@ class DoRADelta(Delta):
         return y + (g - 1) * Wx + g * self.layer.product(x, A, B, self.scale)
 
     def gain(self, W: Tensor) -> Tensor:
-        """g = m / ‖V‖ (out,), by `‖V‖² = ‖W‖² + 2s ⟨W Aᵀ, B⟩ + s² ⟨B A Aᵀ, B⟩` row by row: no second matrix of W's size."""
+        """g = m / ‖V‖ (out,), row by row `‖V‖² = ‖W‖² + 2s ⟨W Aᵀ, B⟩ + s² ⟨B A Aᵀ, B⟩`: V itself is not formed."""
         with torch.no_grad():
             B, A = self.pair()
             W, s = W.to(A.dtype), self.scale

@@ -1,4 +1,7 @@
-"""(IA)³: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning. Liu et al. 2022."""
+"""(IA)³: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning.
+
+Liu et al. 2022, arXiv 2205.05638.
+"""
 
 import re
 from typing import Annotated, ClassVar
@@ -29,7 +32,8 @@ class IA3(Method):
     source: ClassVar[str] = "arXiv 2205.05638"
 
     feedforward: Annotated[
-        str | tuple[str, ...], Field(description="layers with the gain on their input: a regular expression or suffixes")
+        str | tuple[str, ...],
+        Field(description="layers with the gain on their input: a regular expression or suffixes"),
     ] = SECOND_FEEDFORWARD
 
     def on_input(self, site: Site) -> bool:
@@ -87,7 +91,9 @@ class InputGain(Delta):
     def transform(self, W: Tensor) -> Tensor:
         if self.site.kind != "conv":
             return W * self.l[..., None, :]
-        groups = self.layer.groups  # row o of W sees the channels of its own group, each at every place of the kernel
+        groups = (
+            self.site.layer.groups
+        )  # row o of W sees the channels of its own group, each at every place of the kernel
         columns = W.unflatten(1, (self.l.numel() // groups, -1)).unflatten(0, (groups, -1))
         return (columns * self.l.view(groups, 1, -1, 1)).reshape(W.shape)
 

@@ -11,17 +11,20 @@ from rankfold.core import Delta, Dropout, Method, Rank, Site, fill
 class LoLDU(Method):
     """`W = P L D U` with partial pivoting; of the first r pivots only the diagonal z (r,) is trained, z₀ = D.
 
-    `W' = W − s P L_r diag(D_r) U_r + s P L_r diag(z) U_r = W + s P L_r diag(z − D_r) U_r`, `s = α / r`. P L_r (out, r) and
-    U_r (r, in), of unit diagonal, are frozen and saved. L and U are triangular, not orthogonal as the abstract has it.
+    `W' = W − s P L_r diag(D_r) U_r + s P L_r diag(z) U_r = W + s P L_r diag(z − D_r) U_r`, `s = α / r`. P L_r (out, r)
+    and U_r (r, in), of unit diagonal, are frozen and saved. L and U are triangular, not orthogonal as the abstract
+    has it.
 
     `start` as in the authors' code: "lu" is z₀ = D; the others take z₀ uniform on ±mean(D)/2, normal with D's mean and
-    deviation, constant at D's mean, one or zero, and **change the layer's function**. z has the size of the pivots, so
-    it wants a learning rate much above LoRA's. The authors also make s a parameter but never train it: here it is fixed.
-    A pivot of (nearly) zero, where their code divides by it, gets a row of U with a one on the diagonal.
+    deviation, constant at D's mean, one or zero, and **change the layer's function**. z has the size of the pivots,
+    so it wants a learning rate much above LoRA's. The authors also make s a parameter but never train it: here it is
+    fixed. A pivot of (nearly) zero, where their code divides by it, gets a row of U with a one on the diagonal.
     """
 
     slug: ClassVar[str] = "loldu"
-    title: ClassVar[str] = "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning"
+    title: ClassVar[str] = (
+        "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning"
+    )
     source: ClassVar[str] = "arXiv 2410.13618"
 
     rank: Rank = 4
@@ -57,8 +60,10 @@ class LoLDUDelta(Delta):
 
     @torch.no_grad()
     def start(self, rng: torch.Generator) -> None:
-        for own, part in zip((self.PL, self.D, self.U), leading_ldu(self.W.to(self.D.dtype), self.z.shape[-1]), strict=True):
-            own.copy_(part)
+        PL, D, U = leading_ldu(self.W.to(self.D.dtype), self.z.shape[-1])
+        self.PL.copy_(PL)
+        self.D.copy_(D)
+        self.U.copy_(U)
         mean = self.D.mean(-1, keepdim=True)
         match self.drawn:
             case "lu":

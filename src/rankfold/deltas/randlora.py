@@ -60,7 +60,7 @@ class RandLoRA(Method):
 
         return Bases(A=draw(self.rank, d), B=draw(D, n * self.rank))  # B: the Bⱼ side by side
 
-    def delta(self, site: Site, shared: nn.Module | None) -> "RandLoRADelta":
+    def delta(self, site: Site, shared: Any) -> "RandLoRADelta":
         return RandLoRADelta(site, self, shared)
 
     def count(self, site: Site) -> int:
@@ -70,11 +70,13 @@ class RandLoRA(Method):
 class RandLoRADelta(Delta):
     """Lambda (n, r), Gamma (n, d)."""
 
-    def __init__(self, site: Site, method: RandLoRA, shared: nn.Module | None):
+    def __init__(self, site: Site, method: RandLoRA, shared: Bases):
         super().__init__(site)
         self.shared, self.scale, self.dropout = shared, method.scale(site), method.dropout
         if method.rank != shared.A.shape[0]:
-            raise RankfoldError(f"randlora: {site.name} asks for rank {method.rank}, but the shared bases have {shared.A.shape[0]}")
+            raise RankfoldError(
+                f"randlora: {site.name} asks for rank {method.rank}, but the shared bases have {shared.A.shape[0]}"
+            )
         self.Lambda = site.parameter_like(method.bases(site), method.rank)
         self.Gamma = site.parameter_like(method.bases(site), min(site.in_, site.out))
 

@@ -1,7 +1,7 @@
 """VeRA: Vector-based Random Matrix Adaptation. Kopiczko et al. 2023, arXiv 2310.11454."""
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -34,7 +34,7 @@ class VeRA(Method):
         B = uniform(rng, tall, self.rank, bound=kaiming_bound(self.rank))
         return Bases(A=A, B=B)
 
-    def delta(self, site: Site, shared: nn.Module | None) -> "VeRADelta":
+    def delta(self, site: Site, shared: Any) -> "VeRADelta":
         return VeRADelta(site, self, shared)
 
     def count(self, site: Site) -> int:
@@ -44,11 +44,13 @@ class VeRA(Method):
 class VeRADelta(Delta):
     """lambda_d (r,), lambda_b (out,)."""
 
-    def __init__(self, site: Site, method: VeRA, shared: nn.Module | None):
+    def __init__(self, site: Site, method: VeRA, shared: Bases):
         super().__init__(site)
         self.shared, self.d_initial, self.dropout = shared, method.d_initial, method.dropout
         if method.rank > shared.A.shape[0]:
-            raise RankfoldError(f"vera: {site.name} asks for rank {method.rank}, but the shared pair has {shared.A.shape[0]}")
+            raise RankfoldError(
+                f"vera: {site.name} asks for rank {method.rank}, but the shared pair has {shared.A.shape[0]}"
+            )
         self.lambda_d = site.parameter_like(method.rank)
         self.lambda_b = site.parameter_like(site.out)
 

@@ -27,7 +27,9 @@ class Orthogonality(Callback):
     def on_attach(self, adapter: Any, model: nn.Module) -> None:
         self._deltas = [delta for delta in adapter.deltas.values() if delta.startable or delta.form == "factors"]
         if not self._deltas:
-            raise RankfoldError(f"orthogonality is a penalty on the factors B and A, and no delta of adapter {adapter.name!r} has them")
+            raise RankfoldError(
+                f"orthogonality is a penalty on the factors B and A, and no delta of adapter {adapter.name!r} has them"
+            )
 
     def penalty(self) -> Tensor:
         norms = []

@@ -11,8 +11,8 @@ from rankfold.errors import RankfoldError
 class LoRAPlus(Callback):
     """B learns `ratio` times as fast as A. Everything else the adapter trains keeps the plain rate.
 
-    An embedding's factors keep it too: a look-up sums over no width that the ratio could make up for. (The authors' code
-    gives them a rate of 1e-6, and vectors, such as DoRA's magnitude, that of B; the paper speaks of neither.)
+    An embedding's factors keep it too: a look-up sums over no width that the ratio could make up for. (The authors'
+    code gives them a rate of 1e-6, and vectors, such as DoRA's magnitude, that of B; the paper speaks of neither.)
     """
 
     slug: ClassVar[str] = "lora+"
@@ -24,7 +24,9 @@ class LoRAPlus(Callback):
     def parameter_groups(self, adapter: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         fast = [delta.B for delta in adapter.deltas.values() if delta.startable and delta.site.kind != "embedding"]
         if not fast:
-            raise RankfoldError(f"lora+ sets the learning rate of B, and no delta of adapter {adapter.name!r} trains factors B and A")
+            raise RankfoldError(
+                f"lora+ sets the learning rate of B, and no delta of adapter {adapter.name!r} trains factors B and A"
+            )
         ids = {id(parameter) for parameter in fast}
         others = [parameter for parameter in adapter.parameters() if id(parameter) not in ids]
         return [

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 
 import rankfold
 from rankfold.core.component import components
@@ -75,6 +76,9 @@ def training_arguments(
     recipe: Recipe, folder: Path, steps: int | None, resumed: bool
 ) -> transformers.TrainingArguments:
     """What `transformers.Trainer` is told; checkpoints go to `folder`."""
+    on_cpu = PartialState().device.type == "cpu"
+    if on_cpu and recipe.precision == "fp16":
+        raise RankfoldError("precision: fp16 needs an accelerator; on a CPU use float32 or bf16")
     count_tokens = recipe.task != "image-classification"
     return transformers.TrainingArguments(
         output_dir=str(folder),
@@ -101,6 +105,7 @@ def training_arguments(
         include_num_input_tokens_seen="non_padding" if count_tokens else "no",
         remove_unused_columns=False,
         disable_tqdm=True,
+        use_cpu=on_cpu,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )

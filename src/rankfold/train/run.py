@@ -20,7 +20,7 @@ from rankfold.train.recipe import Recipe
 from rankfold.train.recipe_file import read_recipe, write_recipe
 from rankfold.train.report import Report, make_report, write_report
 from rankfold.train.samples import answer_samples
-from rankfold.train.schedule import Progress, make_schedule, total_steps
+from rankfold.train.schedule import Progress, check_schedule, make_schedule, total_steps
 from rankfold.train.trainer import ADAPTER, AdapterTrainer
 from rankfold.train.watch import BudgetWatch, Interrupt, Metrics, read_metrics, rewind_metrics
 
@@ -52,6 +52,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, display: 
     main = PartialState().is_main_process
     parts = build_parts(recipe)
     optimizer_class(recipe.optimizer)
+    check_schedule(recipe.schedule, recipe.budget)
     if main:
         _claim(output, recipe, resume)
     PartialState().wait_for_everyone()

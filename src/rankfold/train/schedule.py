@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+import torch
 import transformers
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -72,19 +73,27 @@ def make_schedule(schedule: Schedule, optimizer: Optimizer, progress: Progress) 
     Where steps alone end the run the rate is a function of the step, as always. Where time or tokens may end it
     first, the schedule is walked by the used share of the budget, so that a decay still reaches its end.
     """
-    by_steps = progress.steps is not None and progress.budget.minutes is None and progress.budget.tokens is None
-    total = progress.steps if by_steps and progress.steps is not None else 10_000
-    warmup = schedule.warmup * total if schedule.warmup < 1 else schedule.warmup
-    if not by_steps and schedule.warmup >= 1:
+    steps = progress.steps if progress.budget.minutes is None and progress.budget.tokens is None else None
+    total = steps or 10_000
+    if steps is None and schedule.warmup >= 1:
         raise RankfoldError("schedule.warmup: steps need a budget in steps or epochs alone; give a share below 1")
+    warmup = round(schedule.warmup * total if schedule.warmup < 1 else schedule.warmup)
     try:
-        made = transformers.get_scheduler(schedule.name, optimizer, round(warmup), total)
-    except (ValueError, TypeError) as error:
-        names = ", ".join(kind.value for kind in transformers.SchedulerType)
-        raise RankfoldError(f"schedule.name: cannot use {schedule.name!r} ({error}); there are: {names}") from None
+        made = transformers.get_scheduler(schedule.name, optimizer, warmup, total)
+    except (ValueError, TypeError):  # no such name, or one that needs further arguments
+        made = None
     if not isinstance(made, LambdaLR):  # reduce_lr_on_plateau and the like follow a metric, not the budget
-        raise RankfoldError(f"schedule.name: {schedule.name} does not follow the budget; use linear, cosine, constant")
-    if by_steps:
+        raise RankfoldError(
+            f"schedule.name: there is no {schedule.name!r} to run over a budget; take linear, cosine, "
+            "cosine_with_restarts, polynomial, constant, constant_with_warmup or inverse_sqrt"
+        )
+    if steps is not None:
         return made
     shapes: list[Any] = made.lr_lambdas
     return LambdaLR(optimizer, [lambda _, shape=shape: shape(int(progress.share * total)) for shape in shapes])
+
+
+def check_schedule(schedule: Schedule, budget: Budget) -> None:
+    """Raise the RankfoldError that `make_schedule` would, before there is anything to train."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    make_schedule(schedule, optimizer, Progress(budget, total_steps(budget, steps_per_epoch=100)))

@@ -42,6 +42,16 @@ def test_a_layer_norm_and_a_convolution():
         close(model(x), (before + (step if x.dim() == 2 else step.view(6, 1, 1))).detach())
 
 
+def test_a_layer_norm_over_two_dimensions():
+    model, delta = attached(nn.LayerNorm((2, 3), dtype=DOUBLE), BitFit())
+    x = draw(4, 2, 3)
+    before = model(x).detach()
+    put(delta, bias=torch.arange(6))
+    close(model(x), before + torch.arange(6).view(2, 3))
+    rankfold.merge(model)
+    close(model(x), before + torch.arange(6).view(2, 3))
+
+
 def test_a_layer_without_a_bias_is_refused():
     with pytest.raises(rankfold.UnsupportedError, match="no bias"):
         attached(nn.Linear(3, 3, bias=False), BitFit())

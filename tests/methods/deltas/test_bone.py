@@ -39,8 +39,12 @@ def test_first_gradients():
     G = up.T @ x
     model, delta = attached(linear(W), Bone(rank=2))
     model(x).backward(up)
-    blocks = [[(W[2 * i : 2 * i + 2, 2 * j : 2 * j + 2] + torch.eye(2)).T @ G[2 * i : 2 * i + 2, 2 * j : 2 * j + 2] for j in range(4)] for i in range(3)]
-    close(delta.D.grad, torch.stack([sum(row) for row in blocks]), 1e-11)
+
+    def block(M: torch.Tensor, i: int, j: int) -> torch.Tensor:
+        return M[2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+
+    rows = [sum((block(W, i, j) + torch.eye(2)).T @ block(G, i, j) for j in range(4)) for i in range(3)]
+    close(delta.D.grad, torch.stack(rows), 1e-11)
     model, delta = attached(linear(W), Bone(rank=2, variant="bone"))
     model(x).backward(up)
     close(delta.D.grad, sum(G[:, 2 * j : 2 * j + 2].T for j in range(4)), 1e-11)
@@ -55,13 +59,15 @@ def test_rank_of_the_change():
 
 
 def test_bone_cuts_the_last_copy_where_rank_does_not_divide_in():
-    model, delta = attached(linear(torch.zeros(3, 5)), Bone(rank=2, variant="bone"))
+    _, delta = attached(linear(torch.zeros(3, 5)), Bone(rank=2, variant="bone"))
     perturb(delta)
     D = delta.D.detach()
     close(change(delta), torch.cat([D.T, D.T, D.T[:, :1]], 1))
 
 
-@pytest.mark.parametrize(("shape", "rank"), [((16, 32), 16), ((576, 1536), 64), ((128, 4096), 64), ((6, 8), 2), ((7, 8), 1)])
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((16, 32), 16), ((576, 1536), 64), ((128, 4096), 64), ((6, 8), 2), ((7, 8), 1)]
+)
 def test_rank_of_none_is_a_power_of_two_that_divides_both_sides(shape: tuple[int, int], rank: int):
     _, delta = attached(nn.Linear(*shape), Bone())
     assert delta.D.shape == (shape[1] // rank, rank, rank)

@@ -72,7 +72,7 @@ def test_feedforward_as_list_and_as_expression():
 
 
 def test_starts_at_one_counts_and_refuses_ids():
-    model, delta = attached(nn.Linear(5, 7), IA3())
+    _, delta = attached(nn.Linear(5, 7), IA3())
     assert (delta.l == 1).all()
     assert delta.l.numel() == IA3().count(delta.site) == 7
     with pytest.raises(rankfold.UnsupportedError, match="ids"):

@@ -9,7 +9,7 @@ from tests.methods.support import attached, change, close, draw, linear, put
 
 
 def test_worked_numbers():
-    model, delta = attached(linear([[2, 1], [4, 5]]), LoLDU(rank=1, alpha=1))
+    _, delta = attached(linear([[2, 1], [4, 5]]), LoLDU(rank=1, alpha=1))
     close(delta.D, [4])
     close(delta.PL, [[0.5], [1]])
     close(delta.U, [[1, 1.25]])
@@ -78,7 +78,7 @@ def test_other_starts_change_the_function_and_keep_the_residual(start: str):
     mean = delta.D.mean()
     expected = {"constant": mean, "ones": 1.0, "zeros": 0.0}
     if start in expected:
-        close(delta.z, expected[start] * torch.ones(10))
+        close(delta.z, expected[start] * torch.ones(10, dtype=delta.z.dtype))
     elif start == "uniform":
         assert delta.z.abs().max() <= mean.abs() / 2
         assert delta.z.std() > 0.1 * mean.abs()

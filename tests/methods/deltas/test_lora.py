@@ -66,7 +66,7 @@ def test_rslora_keeps_the_first_change_as_rank_grows(rslora: bool, shrinks: bool
         sizes.append(model(x).norm().item())
     assert (sizes[-1] < 0.1 * sizes[0]) is shrinks
     if not shrinks:
-        assert max(sizes) / min(sizes) < 1.2
+        assert max(sizes) / min(sizes) < 2
 
 
 def test_counts_and_refuses():

@@ -12,7 +12,7 @@ from tests.methods.support import DOUBLE, attached, change, close, draw, linear,
 
 
 def test_worked_numbers():
-    _, delta = attached(linear(torch.zeros(3, 2)), RandLoRA(rank=1, alpha=1))
+    _, delta = attached(linear(torch.zeros(3, 2)), RandLoRA(rank=1, alpha=1, scaling="rank"))
     delta.shared.A.copy_(torch.tensor([[1.0, 2.0]]))
     delta.shared.B.copy_(torch.tensor([[1.0, 0], [0, 1], [1, 1]]))
     put(delta, Lambda=[[2], [1]], Gamma=[[1, 1], [1, -1]])
@@ -25,7 +25,8 @@ def test_definition_on_either_orientation(shape: tuple[int, int]):
     perturb(delta)
     A, B, d = delta.shared.A.double(), delta.shared.B.double(), min(shape)
     n = math.ceil(d / 3)
-    M = 2 * sum(B[:, 3 * j : 3 * j + 3] @ torch.diag(delta.Lambda[j]) @ A @ torch.diag(delta.Gamma[j]) for j in range(n))
+    gained = [torch.diag(delta.Lambda[j]) @ A @ torch.diag(delta.Gamma[j]) for j in range(n)]
+    M = 2 * sum(B[:, 3 * j : 3 * j + 3] @ gained[j] for j in range(n))
     close(change(delta), (M if shape[1] <= shape[0] else M.T).detach(), 1e-10)
 
 
@@ -59,15 +60,17 @@ def test_scales():
 
 @pytest.mark.parametrize("basis", ["uniform", "sparse", "very-sparse"])
 def test_bases_are_shared_seeded_and_of_unit_deviation(basis: str):
-    model = nn.Sequential(nn.Linear(64, 100), nn.Linear(100, 36))
-    adapter = rankfold.attach(model, RandLoRA(rank=16, basis=basis), targets=["0", "1"], seed=2)
+    def attach() -> rankfold.Adapter:
+        model = nn.Sequential(nn.Linear(64, 100), nn.Linear(100, 36))
+        return rankfold.attach(model, RandLoRA(rank=16, basis=basis), targets=["0", "1"], seed=2)
+
+    adapter = attach()
     A, B = adapter.shared.A, adapter.shared.B
     assert A.shape == (16, 64)
     assert B.shape == (100, 4 * 16)
     assert A.std().item() == pytest.approx(1, abs=1e-6)
     assert B.std().item() == pytest.approx(1, abs=1e-6)
-    again = rankfold.attach(nn.Sequential(*(nn.Linear(64, 100), nn.Linear(100, 36))), adapter.method, targets=["0", "1"], seed=2)
-    assert torch.equal(again.shared.B, B)
+    assert torch.equal(attach().shared.B, B)
     assert set(adapter.state_dict()) == {f"deltas.{i}.{name}" for i in (0, 1) for name in ("Lambda", "Gamma")}
     if basis != "uniform":
         nonzero = {"sparse": 1 / 3, "very-sparse": 1 / 8}[basis]

@@ -71,6 +71,7 @@ def test_experts_have_diagonals_of_their_own():
     delta = rankfold.attach(model, VeRA(rank=2), targets=["up"]).deltas["experts.up"]
     perturb(delta)
     B, A = delta.factors()
+    pair = delta.shared.B.double(), delta.shared.A.double()
     for e in range(3):
-        expected = torch.diag(delta.lambda_b[e]) @ delta.shared.B.double() @ torch.diag(delta.lambda_d[e]) @ delta.shared.A.double()
+        expected = torch.diag(delta.lambda_b[e]) @ pair[0] @ torch.diag(delta.lambda_d[e]) @ pair[1]
         close((B @ A)[e], expected.detach())

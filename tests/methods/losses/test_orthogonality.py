@@ -14,7 +14,7 @@ def callback_on(model: nn.Module, **hyper: float) -> Orthogonality:
 
 
 def test_worked_numbers():
-    """A Aᵀ − I = diag(3, 0), ‖·‖ = 3; Bᵀ B − I = [[0, 1], [1, 1]], ‖·‖ = √3; the mean times a half. Squared it would be 3."""
+    """A Aᵀ − I = diag(3, 0), of norm 3; Bᵀ B − I = [[0, 1], [1, 1]], of norm √3; their mean, times a half."""
     model, delta = attached(linear(torch.zeros(3, 2)), LoRA(rank=2))
     put(delta, A=[[2, 0], [0, 1]], B=[[1, 1], [0, 1], [0, 0]])
     close(callback_on(model).penalty(), (3 + 3**0.5) / 2 / 2)

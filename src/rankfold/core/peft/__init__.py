@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rankfold.core.delta import Site
 from rankfold.core.files import open_inside, parse_json, write_whole
 from rankfold.core.layers import AdaptedConv1D, AdaptedExperts, AdaptedLinear, kind_of
 from rankfold.core.peft._config import check
-from rankfold.core.peft._formats import FORMATS, READ, Format
+from rankfold.core.peft._formats import OPTIONS, WRITTEN, Format, format_of
 from rankfold.core.peft._names import Names, name_list, name_pattern
 from rankfold.core.targets import Target, _inside_adapter
 from rankfold.core.tensorfile import Entry, TensorFile, _read_exactly
@@ -48,8 +49,8 @@ def export_peft(model: nn.Module, path: str | Path, name: str | None = None) -> 
     LoRA whose start was taken out of the base (PiSSA, ...) becomes the plain LoRA of rank 2r that does the same. Any
     other method with a ΔW goes by way of `rankfold.as_lora`, whose adapter is a plain LoRA.
 
-    vLLM serves plain LoRAs of linear layers whose rank is at most its `max_lora_rank`. It reads `r` and `lora_alpha` but
-    no `rank_pattern` and `alpha_pattern`, and no `modules_to_save`: give it an adapter with one rank and one alpha.
+    vLLM serves plain LoRAs of linear layers whose rank is at most its `max_lora_rank`. It reads `r` and `lora_alpha`
+    but no `rank_pattern`, `alpha_pattern` or `modules_to_save`: give it an adapter with one rank and one alpha.
 
     Raises:
         UnsupportedError: PEFT has no way to say what the adapter does; the message says what would work.
@@ -83,17 +84,16 @@ def export_peft(model: nn.Module, path: str | Path, name: str | None = None) -> 
 
 def _format(adapter: Adapter) -> Format:
     slug = adapter.method.slug
-    format = next((each for each in FORMATS if slug in each.slugs and (slug != "dora" or each.slugs == ("dora",))), None)
+    format = WRITTEN.get(slug)
     if format is None:
-        no_delta = [delta for delta in adapter.deltas.values() if delta.form in ("function", "bias")]
-        fix = (
-            "and it has no ΔW that a LoRA could hold"
-            if no_delta
-            else f"make it a LoRA first: rankfold.as_lora(model, {adapter.name!r}), and export the adapter {adapter.name + '-lora'!r}"
-        )
+        fix = f"call rankfold.as_lora(model, {adapter.name!r}) first, and export its adapter {adapter.name + '-lora'!r}"
+        if any(delta.form in ("function", "bias") for delta in adapter.deltas.values()):
+            fix = "and it has no ΔW that a LoRA could hold"
         raise UnsupportedError(f"PEFT has no method like {slug!r} of adapter {adapter.name!r}; {fix}")
     if not adapter.deltas:
-        raise UnsupportedError(f"adapter {adapter.name!r} only trains modules in full, and PEFT loads no adapter without an adapted layer")
+        raise UnsupportedError(
+            f"adapter {adapter.name!r} only trains modules in full, and PEFT loads no adapter without an adapted layer"
+        )
     for site in adapter.sites:
         if reason := format.refusal(site):
             raise UnsupportedError(f"{slug} at {site.name} cannot be exported: {reason}. rankfold.as_lora may help")
@@ -129,7 +129,7 @@ def _config(format: Format, adapter: Adapter) -> dict[str, Any]:
     groups = [[site for site in group if site not in experts] for group in format.groups(adapter)]
     layers = [site for group in groups for site in group]
     config: dict[str, Any] = {
-        "peft_type": format.type,
+        "peft_type": format.peft_type,
         "task_type": _task(adapter, every_path),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
         "inference_mode": True,
@@ -141,11 +141,11 @@ def _config(format: Format, adapter: Adapter) -> dict[str, Any]:
         config["target_parameters"] = experts
     if _selected(config, everything) != set(layers):
         config["target_modules"] = name_pattern(layers)
-    names = Names(config)
-    if _selected(config, everything) != set(layers) or {path for path in every_path if names.saves(path)} != set(adapter.modules):
+    saved = {path for path in every_path if Names(config).saves(path)}
+    if _selected(config, everything) != set(layers) or saved != set(adapter.modules):
         raise UnsupportedError(
-            f"PEFT's configuration cannot single out the layers of adapter {adapter.name!r}: the modules trained in full "
-            f"({', '.join(adapter.modules)}) have names that others end in or are inside"
+            f"PEFT's configuration cannot single out the layers of adapter {adapter.name!r}: the modules trained in "
+            f"full ({', '.join(adapter.modules)}) have names that others end in or are inside"
         )
     return config
 
@@ -174,7 +174,8 @@ def import_peft(model: nn.Module, path: str | Path, name: str | None = None, *, 
 
     Args:
         model: the base model; other adapters may be attached.
-        path: a folder with `adapter_config.json` and `adapter_model.safetensors`, or a Hugging Face Hub id (`org/name`).
+        path: a folder with `adapter_config.json` and `adapter_model.safetensors`, or a Hugging Face Hub id
+            (`org/name`).
         name: what to call it; default: "default".
         active: whether plain forwards use it from now on.
 
@@ -187,8 +188,8 @@ def import_peft(model: nn.Module, path: str | Path, name: str | None = None, *, 
     """
     folder = _folder(path)
     what = str(folder / CONFIG)
-    options = check(parse_json(_read(folder / CONFIG), what), {type: format.options for type, format in READ.items()}, what)
-    format, names = READ[options.peft_type], Names(options.model_dump())
+    options = check(parse_json(_read(folder / CONFIG), what), OPTIONS, what)
+    format, names = format_of(options), Names(options.model_dump())
     try:
         handle = open_inside(folder, TENSORS)
     except FileNotFoundError:
@@ -212,21 +213,27 @@ def _folder(path: str | Path) -> Path:
     except (OSError, ValueError) as error:  # an impossible path: too long, or with a NUL in it
         raise AdapterFileError(f"{str(path)[:200]!r} is no path: {error}") from None
     if there or not _HUB_ID.fullmatch(str(path)):
-        raise AdapterFileError(f"{str(path)!r} is no folder: give the one that PEFT's save_pretrained wrote, or a hub id such as 'org/name'")
+        raise AdapterFileError(
+            f"{str(path)!r} is no folder: give the one that PEFT's save_pretrained wrote, or a hub id like 'org/name'"
+        )
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(str(path), allow_patterns=[TENSORS, CONFIG]))
     except Exception as error:  # the hub client raises a dozen types, of its own and of the HTTP library below it
         reason = str(error).strip().splitlines() or [""]
-        raise AdapterFileError(f"{str(path)!r} is no folder here and cannot be downloaded from the hub: {type(error).__name__}: {reason[0]}") from error
+        raise AdapterFileError(
+            f"{str(path)!r} is no folder, and cannot be downloaded from the hub: {type(error).__name__}: {reason[0]}"
+        ) from error
 
 
 def _read(path: Path) -> bytes:
     try:
         handle = open_inside(path.parent, path.name)
     except FileNotFoundError:
-        raise AdapterFileError(f"{path.parent} holds no {path.name}: give the folder that PEFT's save_pretrained wrote") from None
+        raise AdapterFileError(
+            f"{path.parent} holds no {path.name}: give the folder that PEFT's save_pretrained wrote"
+        ) from None
     with handle:
         size = os.fstat(handle.fileno()).st_size
         if size > _MAX_CONFIG:
@@ -238,7 +245,7 @@ def _pickled(folder: Path) -> str:
     if not (folder / "adapter_model.bin").exists():
         return ""
     return (
-        ", but adapter_model.bin: a pickle, which can run any code when it is opened. Where you trust it, convert it once: "
+        ", but adapter_model.bin: a pickle, which can run any code when it is opened. Where you trust it, convert it: "
         "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')"
     )
 
@@ -247,10 +254,11 @@ class _Reader:
     """Sorts the tensors of a file by layer, checks that they are what the configuration names, and attaches them."""
 
     def __init__(self, model: nn.Module, format: Format, options: Any, names: Names, file: TensorFile, what: str):
-        self.model, self.format, self.options, self.names, self.file, self.what = model, format, options, names, file, what
+        self.model, self.format, self.options, self.names = model, format, options, names
+        self.file, self.what = file, what
         self.keys: dict[tuple[str, str], str] = {}  # (path of the layer, PEFT's name) -> name in the file
         self.shared: dict[str, list[str]] = {}  # PEFT's name -> names in the file: it may repeat what layers share
-        self.whole: dict[str, str] = {}  # path of a tensor of the base or of a module trained in full -> name in the file
+        self.whole: dict[str, str] = {}  # path of a tensor of the base, or of a module in full -> name in the file
         self._sort()
 
     def _sort(self) -> None:
@@ -274,7 +282,9 @@ class _Reader:
             else:
                 self._put(self.keys, (found["path"] or "", found["leaf"]), key)
         if len(adapters) > 1:
-            raise AdapterFileError(f"{self.what} holds several adapters ({', '.join(sorted(adapters))}): save them one by one")
+            raise AdapterFileError(
+                f"{self.what} holds several adapters ({', '.join(sorted(adapters))}): save them one by one"
+            )
 
     def _put(self, where: dict[Any, str], place: Any, key: str) -> None:
         if place in where:
@@ -292,7 +302,9 @@ class _Reader:
                 raise UnsupportedError(f"{site.name}: {reason}")
         needed = sum(site.count * methods[site.name].count(site) for site in sites)
         if needed > sum(entry.numel for entry in self.file.entries.values()):
-            raise AdapterFileError(f"{self.what} holds fewer numbers than the {needed:,} that {method!r} needs on these layers: it belongs to another configuration")
+            raise AdapterFileError(
+                f"{self.what} holds fewer numbers than the {needed:,} that {method!r} needs on these layers"
+            )
         paths = {target.site.name: path for path, target in matched.items()}
 
         def fill(adapter: Adapter) -> None:
@@ -315,49 +327,59 @@ class _Reader:
     # ---- which layers
 
     def _match(self) -> dict[str, Target]:
-        """The site of each path in the file, in the model's order. What the file holds and the configuration names must agree."""
+        """The site of each path in the file, in the model's order; the configuration must name the same ones."""
         there = {path for path, _ in self.keys}
         if not there:
-            raise AdapterFileError(f"{self.what} holds no tensor of a {self.format.type} adapter")
-        matched, linear, stray = {}, [], set(there)
+            raise AdapterFileError(f"{self.what} holds no tensor of a {self.format.peft_type} adapter")
+        matched: dict[str, Target] = {}
+        linear = []
         for path, layer in self.model.named_modules():
             mixin = kind_of(layer) if path and not _inside_adapter(path) else None
-            if mixin is None:
-                continue
             if mixin in (AdaptedLinear, AdaptedConv1D):
                 linear.append(path)
-            wrapped = [path + ".base_layer" * depth for depth in range(len(layer._parameters))] if mixin is AdaptedExperts else [path]
-            wrapped = [each for each in wrapped if each in there]
-            if not wrapped:
-                continue
-            sites = mixin.sites(path, layer)
             if mixin is AdaptedExperts:
-                sites = [site for site in sites if self.names.selects_parameter(site.name)]
-                wrapped.reverse()  # the later parameter is wrapped around the earlier
-                if len(sites) != len(wrapped):
-                    raise AdapterFileError(f"{self.what} adapts {len(wrapped)} weights of {path}, and the configuration's target_parameters name {len(sites)}")
-            elif not self.names.selects(path, mixin in (AdaptedLinear, AdaptedConv1D)) and not self.names.selects_parameter(f"{path}.weight"):
-                raise AdapterFileError(f"{self.what} adapts {path}, which the configuration's target_modules do not name")
-            for each, site in zip(wrapped, sites, strict=True):
-                matched[each] = Target(site, mixin, path, layer)
-                stray.discard(each)
-        if stray:
-            one = sorted(stray)[0]
-            found = _find(self.model, one)
-            why = "there is no such module" if found is None else f"no delta can sit on a {type(found).__name__}"
-            base = f"; the adapter was made for {self.options.base_model_name_or_path!r}" if self.options.base_model_name_or_path else ""
-            raise AdapterFileError(f"{self.what} adapts {one[:200]!r} and in this {type(self.model).__name__} {why}{base}")
-        if missing := self.names.missing(self.model, linear, set(matched)):
-            raise AdapterFileError(f"{self.what} holds nothing for {missing[0]}, which the configuration's target_modules name ({len(missing)} such layers)")
+                matched |= self._experts(path, layer, there)
+            elif mixin is not None and path in there:
+                named = self.names.selects(path, linear=mixin in (AdaptedLinear, AdaptedConv1D))
+                if not named and not (mixin is AdaptedLinear and self.names.selects_parameter(f"{path}.weight")):
+                    raise AdapterFileError(f"{self.what} adapts {path}, which the configuration does not name")
+                for site in mixin.sites(path, layer):
+                    matched[path] = Target(site, mixin, path, layer)
+        if stray := sorted(there - matched.keys()):
+            raise AdapterFileError(self._no_place(stray[0]))
+        if missing := self.names.missing(self.model, linear, there):
+            raise AdapterFileError(
+                f"{self.what} holds nothing for {missing[0]}, which the configuration names ({len(missing)} such)"
+            )
         return matched
+
+    def _experts(self, path: str, layer: Any, there: set[str]) -> dict[str, Target]:
+        """The weights of one experts module: in the file, the later one is wrapped around the earlier."""
+        sites = [site for site in AdaptedExperts.sites(path, layer) if self.names.selects_parameter(site.name)]
+        wrapped = [path + ".base_layer" * depth for depth in range(len(layer._parameters))]
+        wrapped = [each for each in wrapped if each in there]
+        if len(sites) != len(wrapped):
+            raise AdapterFileError(
+                f"{self.what} adapts {len(wrapped)} weights of {path}, and the configuration's target_parameters name "
+                f"{len(sites)}"
+            )
+        pairs = zip(reversed(wrapped), sites, strict=True)
+        return {each: Target(site, AdaptedExperts, path, layer) for each, site in pairs}
+
+    def _no_place(self, path: str) -> str:
+        found = _find(self.model, path)
+        why = "there is no such module" if found is None else f"no delta can sit on a {type(found).__name__}"
+        base = self.options.base_model_name_or_path
+        made_for = f"; the adapter was made for {base!r}" if base else ""
+        return f"{self.what} adapts {path[:200]!r} and in this {type(self.model).__name__} {why}{made_for}"
 
     def _copies(self) -> dict[str, nn.Module]:
         """The modules that the file holds in full."""
         copies = {}
         for path, module in self.model.named_modules():
-            if not self.names.saves(path) or _inside_adapter(path) or any(path.startswith(f"{outer}.") for outer in copies):
-                continue
-            copies[path] = module
+            inside = _inside_adapter(path) or any(path.startswith(f"{outer}.") for outer in copies)
+            if self.names.saves(path) and not inside:
+                copies[path] = module
         return copies
 
     def _check_rest(self, copies: Mapping[str, nn.Module]) -> None:
@@ -369,12 +391,16 @@ class _Reader:
             own = path.replace(".base_layer.", ".")
             base = dict(self.model.named_parameters(remove_duplicate=False)) if base is None else base
             if own not in base:
-                raise AdapterFileError(f"{self.what} holds {key[:200]!r}, which is neither of the adapter nor of this {type(self.model).__name__}")
+                raise AdapterFileError(
+                    f"{self.what} holds {key[:200]!r}, which is neither of the adapter nor of this "
+                    f"{type(self.model).__name__}"
+                )
             entry: Entry = self.file.entries[key]
             if entry.shape != tuple(base[own].shape) or not torch.equal(self._tensors()[key].to(base[own]), base[own]):
                 raise UnsupportedError(
-                    f"the file holds {own} with other values or another shape than this model's: the base was resized or trained "
-                    "along. Load that weight into the model first, or save the adapter with the module in modules_to_save"
+                    f"the file holds {own} with other values or another shape than this model's: the base was resized "
+                    "or trained along. Load that weight into the model first, or save the adapter with the module in "
+                    "modules_to_save"
                 )
 
     # ---- what is in them
@@ -394,7 +420,9 @@ class _Reader:
                 raise AdapterFileError(f"{self.what} lacks {called}")
             used.add(key)
             if tensors[key].shape != shape or not tensors[key].is_floating_point():
-                raise AdapterFileError(f"{self.what}: {key!r} has shape {tuple(tensors[key].shape)}, expected {tuple(shape)}")
+                raise AdapterFileError(
+                    f"{self.what}: {key!r} has shape {tuple(tensors[key].shape)}, expected {tuple(shape)}"
+                )
             return tensors[key]
 
         for delta in adapter.deltas.values():
@@ -409,13 +437,19 @@ class _Reader:
                 state[f"modules.{path}.{key}"] = take(self.whole.get(f"{path}.{key}"), f"{path}.{key}", mine.shape)
         if getattr(self.options, "save_projection", True):
             if missing := self.format.shared.keys() - self.shared.keys():
-                raise AdapterFileError(f"{self.what} lacks {sorted(missing)[0]}, and the configuration says save_projection")
+                raise AdapterFileError(
+                    f"{self.what} lacks {sorted(missing)[0]}, and the configuration says save_projection"
+                )
             for first, *others in self.shared.values():
                 if different := [key for key in others if not torch.equal(tensors[key], tensors[first])]:
-                    raise AdapterFileError(f"{self.what}: {different[0]!r} differs from {first!r}, and all layers share one")
+                    raise AdapterFileError(
+                        f"{self.what}: {different[0]!r} differs from {first!r}, and all layers share one"
+                    )
                 used |= {first, *others}
         self.format.take_shared(adapter, self.options, {leaf: tensors[keys[0]] for leaf, keys in self.shared.items()})
         state |= {name: tensor for name, tensor in adapter.named_tensors() if name.startswith("shared.")}
-        if unused := {*self.keys.values(), *sum(self.shared.values(), [])} - used:
-            raise AdapterFileError(f"{self.what} holds {sorted(unused)[0]!r}, which {adapter.method.slug} has no place for on that layer")
+        if unused := {*self.keys.values(), *chain(*self.shared.values())} - used:
+            raise AdapterFileError(
+                f"{self.what} holds {sorted(unused)[0]!r}, which {adapter.method.slug} has no place for on that layer"
+            )
         adapter.load_state_dict(state)

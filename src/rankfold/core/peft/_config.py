@@ -1,4 +1,4 @@
-"""`adapter_config.json`: what PEFT's options mean to us, which change nothing for a trained adapter, which we refuse."""
+"""`adapter_config.json`: the options of PEFT that we read, those that change nothing for us, and those we refuse."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -100,8 +100,8 @@ def check(parsed: Any, types: Mapping[str, type[Options]], what: str) -> Any:
     kind = parsed.get("peft_type")
     if not isinstance(kind, str) or kind not in types:
         raise UnsupportedError(
-            f"{what}: peft_type is {str(kind)[:40]!r}; Rankfold reads {', '.join(types)}. Of another method PEFT itself may "
-            "make a LoRA: peft.save_as_lora"
+            f"{what}: peft_type is {str(kind)[:40]!r}; Rankfold reads {', '.join(types)}. "
+            "Of some other methods PEFT itself can make a LoRA: peft.save_as_lora"
         )
     try:
         options = types[kind].model_validate(parsed)
@@ -112,11 +112,14 @@ def check(parsed: Any, types: Mapping[str, type[Options]], what: str) -> Any:
         fixed, hint = _FIXED.get(option, (None, _HINTS.get(option, "")))
         if option in _NO_EFFECT or value == fixed or value in (None, False, "", [], {}):
             continue
-        raise UnsupportedError(f"{what}: {option[:80]!r} is {str(value)[:80]!r}, which Rankfold does not support{': ' * bool(hint)}{hint}")
+        raise UnsupportedError(
+            f"{what}: {option[:80]!r} is {str(value)[:80]!r}, which Rankfold does not support{': ' * bool(hint)}{hint}"
+        )
     start = getattr(options, "init_lora_weights", True)
     if start not in _STARTS:
         raise UnsupportedError(
-            f"{what}: 'init_lora_weights' is {start[:40]!r}, a start that changes the base weights, and the change is not in "
-            "the file. In PEFT, save the adapter with path_initial_model_for_weight_conversion first: that makes a plain LoRA of it"
+            f"{what}: 'init_lora_weights' is {start[:40]!r}, a start that changes the base weights, and the change "
+            "is not in the file. In PEFT, save the adapter with path_initial_model_for_weight_conversion first: that "
+            "makes a plain LoRA of it"
         )
     return options

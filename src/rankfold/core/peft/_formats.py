@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from rankfold.errors import AdapterFileError, UnsupportedError
 class Format:
     """A method of PEFT. `leaves` maps PEFT's name of a layer's tensor to ours, `shared` those that all layers share."""
 
-    type: ClassVar[str]
-    slugs: ClassVar[tuple[str, ...]]
+    peft_type: ClassVar[str]
+    slug: ClassVar[str]
     options: ClassVar[type[Options]]
     kinds: ClassVar[tuple[str, ...]]  # of layers that PEFT puts the method on
     leaves: ClassVar[dict[str, str]]
@@ -33,7 +33,7 @@ class Format:
     def methods(self, options: Any, names: Names, sites: Sequence[Site]) -> tuple[Method, dict[str, Method]]:
         """Our hyperparameters: the adapter's, and each site's."""
         method = self.method(options)
-        return method, dict.fromkeys((site.name for site in sites), method)
+        return method, {site.name: method for site in sites}
 
     def method(self, options: Any) -> Method:
         raise NotImplementedError
@@ -48,7 +48,10 @@ class Format:
     # ---- writing
 
     def hyperparameters(self, adapter: Adapter, everything: Sequence[str]) -> dict[str, Any]:
-        """PEFT's options; `everything` are the paths of the model's modules. Raises UnsupportedError where PEFT cannot say it."""
+        """PEFT's options, for a model with modules at the paths `everything`.
+
+        Raises UnsupportedError where PEFT cannot say the same.
+        """
         raise NotImplementedError
 
     def groups(self, adapter: Adapter) -> list[list[str]]:
@@ -64,7 +67,7 @@ class Format:
         return {}
 
     def refusal(self, site: Site) -> str | None:
-        """Why PEFT's version of the method computes something else on this layer, or cannot be put there; None if it can."""
+        """Why PEFT's version of the method cannot do the same on this layer; None if it can."""
         if site.kind not in self.kinds:
             return f"PEFT puts it on {', '.join(self.kinds)} only, and this is {site.kind}"
         return None
@@ -81,11 +84,11 @@ class Format:
 
 
 class Lora(Format):
-    """LoRA and DoRA. A, B are (r, in), (out, r) except: a convolution's A has its kernel's shape, B a kernel of 1; of
+    """A, B are (r, in), (out, r) except: a convolution's A has its kernel's shape, B a kernel of 1; of
     fused experts all A stand one below the other, and B's columns run over rank, then expert."""
 
-    type = "LORA"
-    slugs = ("lora", "dora")
+    peft_type = "LORA"
+    slug = "lora"
     options = LoraOptions
     kinds = ("linear", "conv1d", "embedding", "conv", "experts")
     leaves: ClassVar = {
@@ -94,8 +97,9 @@ class Lora(Format):
 
     def methods(self, options: LoraOptions, names: Names, sites: Sequence[Site]) -> tuple[Method, dict[str, Method]]:
         def at(rank: int, alpha: float) -> Method:
-            slug = "dora" if options.use_dora else "lora"
-            return build(slug, rank=rank, alpha=float(alpha), rslora=options.use_rslora, dropout=options.lora_dropout)
+            return build(
+                self.slug, rank=rank, alpha=float(alpha), rslora=options.use_rslora, dropout=options.lora_dropout
+            )
 
         own = {s.name: at(names.rank(s.name, options.r), names.alpha(s.name, options.lora_alpha)) for s in sites}
         return at(options.r, options.lora_alpha), own
@@ -109,7 +113,11 @@ class Lora(Format):
         for (site, delta), method in zip(adapter.deltas.items(), methods, strict=True):
             ranks[site] = rank = delta.pair(on_base=True)[1].shape[-2]
             same = method.rank == rank and method.rslora == rslora
-            alpha = (method.rank if method.alpha is None else method.alpha) if same else delta.scale * rank ** (0.5 if rslora else 1)
+            alpha = (
+                (method.rank if method.alpha is None else method.alpha)
+                if same
+                else delta.scale * rank ** (0.5 if rslora else 1)
+            )
             alphas[site] = int(alpha) if alpha == int(alpha) else alpha
         r, lora_alpha = _commonest(ranks, adapter.method.rank), _commonest(alphas, adapter.method.alpha)  # type: ignore[attr-defined]
         experts = any(site.kind == "experts" for site in adapter.sites)
@@ -117,7 +125,7 @@ class Lora(Format):
             "r": r,
             "lora_alpha": lora_alpha,
             "use_rslora": rslora,
-            "use_dora": adapter.method.slug == "dora",
+            "use_dora": self.slug == "dora",
             "lora_dropout": 0.0 if experts else methods[0].dropout,  # PEFT cannot drop out in front of fused experts
             "rank_pattern": {only(site): rank for site, rank in ranks.items() if rank != r},
             "alpha_pattern": {only(site): alpha for site, alpha in alphas.items() if alpha != lora_alpha},
@@ -132,8 +140,10 @@ class Lora(Format):
 
     def refusal(self, site: Site) -> str | None:
         layer = site.layer
-        if site.kind == "conv" and (layer.groups != 1 or any(d != 1 for d in layer.dilation) or layer.padding_mode != "zeros"):
-            return "PEFT convolves with lora_A without the layer's groups, dilation and padding mode: that is another change"
+        if site.kind == "conv" and (
+            layer.groups != 1 or any(d != 1 for d in layer.dilation) or layer.padding_mode != "zeros"
+        ):
+            return "PEFT convolves with lora_A without the layer's groups, dilation and padding mode: another change"
         return super().refusal(site)
 
     def leaf(self, own: str, site: Site) -> str:
@@ -158,15 +168,17 @@ class Lora(Format):
 
 
 class Dora(Lora):
-    slugs = ("dora",)
+    """LoRA's, with the magnitude beside it."""
+
+    slug = "dora"
     kinds = ("linear", "conv1d", "embedding", "conv")
 
 
 class Vera(Format):
-    """VeRA. The file holds the random pair, of the largest sizes among the layers; or PEFT's seed alone brings it back."""
+    """The file holds the random pair, of the largest sizes among the layers, or PEFT's seed alone brings it back."""
 
-    type = "VERA"
-    slugs = ("vera",)
+    peft_type = "VERA"
+    slug = "vera"
     options = VeraOptions
     kinds = ("linear", "conv1d")
     leaves: ClassVar = {"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"}
@@ -178,11 +190,11 @@ class Vera(Format):
     def take_shared(self, adapter: Adapter, options: VeraOptions, tensors: Mapping[str, Tensor]) -> None:
         if not options.save_projection:
             return  # ours from the same seed is PEFT's, up to the rounding of float32
-        (r, wide), (tall, _) = adapter.shared.A.shape, adapter.shared.B.shape  # type: ignore[union-attr]
+        (r, wide), (tall, _) = _shared(adapter).A.shape, _shared(adapter).B.shape
         A, B = tensors["vera_A"], tensors["vera_B"]
         _at_least("vera_A", A, (r, wide), exactly=(0,))
         _at_least("vera_B", B, (tall, r), exactly=(1,))
-        adapter.shared.keep(A=A[:, :wide], B=B[:tall])  # type: ignore[union-attr,operator]
+        _shared(adapter).keep(A=A[:, :wide], B=B[:tall])
 
     def hyperparameters(self, adapter: Adapter, everything: Sequence[str]) -> dict[str, Any]:
         method: Any = _one_method(adapter)
@@ -196,12 +208,12 @@ class Vera(Format):
         }
 
     def shared_tensors(self, adapter: Adapter) -> dict[str, Tensor]:
-        return {"vera_A": adapter.shared.A, "vera_B": adapter.shared.B}  # type: ignore[union-attr,dict-item]
+        return {"vera_A": _shared(adapter).A, "vera_B": _shared(adapter).B}
 
 
 class Ia3(Format):
-    type = "IA3"
-    slugs = ("ia3",)
+    peft_type = "IA3"
+    slug = "ia3"
     options = Ia3Options
     kinds = ("linear", "conv1d", "conv")
     leaves: ClassVar = {"ia3_l": "l"}
@@ -209,17 +221,18 @@ class Ia3(Format):
     def methods(self, options: Ia3Options, names: Names, sites: Sequence[Site]) -> tuple[Method, dict[str, Method]]:
         given = options.feedforward_modules
         if given is None:
-            raise AdapterFileError("'feedforward_modules' is missing: it says which layers have their gain on the input")
+            raise AdapterFileError(
+                "'feedforward_modules' is missing: it says which layers have their gain on the input"
+            )
         if isinstance(given, str):
             check_pattern(given)
             on_input = [site.name for site in sites if re.fullmatch(given, site.name)]
         else:  # PEFT asks for no dot before a listed name
             on_input = [site.name for site in sites if site.name.endswith(tuple(given))]
-        for feedforward in (given if isinstance(given, str) else tuple(given), name_pattern(on_input)):
-            method: Any = build("ia3", feedforward=feedforward)
-            if [site.name for site in sites if method.on_input(site)] == on_input:
-                break
-        return method, dict.fromkeys((site.name for site in sites), method)
+        method: Any = build("ia3", feedforward=given if isinstance(given, str) else tuple(given))
+        if [site.name for site in sites if method.on_input(site)] != on_input:
+            method = build("ia3", feedforward=name_pattern(on_input))
+        return method, {site.name: method for site in sites}
 
     def groups(self, adapter: Adapter) -> list[list[str]]:
         on_input = [s.name for s in adapter.sites if adapter.methods.get(s.name, adapter.method).on_input(s)]  # type: ignore[attr-defined]
@@ -244,11 +257,11 @@ class Ia3(Format):
 
 
 class RandLora(Format):
-    """RandLoRA. Both sides flatten base and rank into one dimension, in orders that pair B's columns with other gains:
+    """Both sides flatten base and rank into one dimension, in orders that pair B's columns with other gains:
     our column `j·r + k` is PEFT's column `k·n + j`. With as many bases n in every layer one order of B serves all."""
 
-    type = "RANDLORA"
-    slugs = ("randlora",)
+    peft_type = "RANDLORA"
+    slug = "randlora"
     options = RandLoraOptions
     kinds = ("linear", "conv1d")
     leaves: ClassVar = {"randlora_lambda": "Lambda", "randlora_gamma": "Gamma"}
@@ -257,18 +270,25 @@ class RandLora(Format):
     def method(self, options: RandLoraOptions) -> Method:
         basis = "very-sparse" if options.very_sparse else "sparse" if options.sparse else "uniform"
         return build(
-            "randlora", rank=options.r, alpha=float(options.randlora_alpha), basis=basis, dropout=options.randlora_dropout
+            "randlora",
+            rank=options.r,
+            alpha=float(options.randlora_alpha),
+            scaling="rank",
+            basis=basis,
+            dropout=options.randlora_dropout,
         )
 
     def take_shared(self, adapter: Adapter, options: RandLoraOptions, tensors: Mapping[str, Tensor]) -> None:
         if not options.save_projection:
-            raise UnsupportedError("it was saved without its random bases, which PEFT draws in another way: save it with save_projection=True")
-        n, (r, d), D = self._bases(adapter), adapter.shared.A.shape, adapter.shared.B.shape[0]  # type: ignore[union-attr]
+            raise UnsupportedError(
+                "it was saved without its random bases, which PEFT draws in another way: save it with save_projection"
+            )
+        n, (r, d), D = self._bases(adapter), _shared(adapter).A.shape, _shared(adapter).B.shape[0]
         A, B = tensors["randlora_A"], tensors["randlora_B"]
         _at_least("randlora_A", A, (r, 1, d), exactly=(0, 1))
         _at_least("randlora_B", B, (D, n, r), exactly=(2,))
         B = B[:D, :n].reshape(D, r, n).mT.flatten(1)
-        adapter.shared.keep(A=A[:, 0, :d].contiguous(), B=B)  # type: ignore[union-attr,operator]
+        _shared(adapter).keep(A=A[:, 0, :d].contiguous(), B=B)
 
     def from_peft(self, own: str, tensor: Tensor, like: Tensor, delta: Delta) -> Tensor:
         return tensor.mT if own == "Lambda" else tensor
@@ -289,10 +309,10 @@ class RandLora(Format):
         }
 
     def shared_tensors(self, adapter: Adapter) -> dict[str, Tensor]:
-        A, B, n = adapter.shared.A, adapter.shared.B, self._bases(adapter)  # type: ignore[union-attr]
+        A, B, n = _shared(adapter).A, _shared(adapter).B, self._bases(adapter)
         r, d = A.shape
         B = B.reshape(-1, n, r).mT.reshape(-1, n, r)
-        # PEFT sizes the bases by the largest `in` and `out` of any layers, we by those of one; what is added is never read.
+        # PEFT sizes the bases by the largest `in` and `out` of any layer, we by those of one: the rest is never read.
         widest = min(max(site.in_ for site in adapter.sites), max(site.out for site in adapter.sites))
         more = -(-widest // r) - n
         return {"randlora_A": F.pad(A, (0, widest - d))[:, None], "randlora_B": F.pad(B, (0, 0, 0, more))}
@@ -302,11 +322,11 @@ class RandLora(Format):
 
     def _bases(self, adapter: Adapter) -> int:
         """n, the same in every layer."""
-        n = {delta.Lambda.shape[-2] for delta in adapter.deltas.values()}
+        n = {delta.Lambda.shape[-2] for delta in _deltas(adapter)}
         if len(n) > 1:
             raise UnsupportedError(
-                f"its layers have different numbers of random bases ({', '.join(map(str, sorted(n)))}), which PEFT pairs with their "
-                "gains in another order in each: an adapter on layers that share their shorter side can be exchanged"
+                f"its layers have different numbers of random bases ({', '.join(map(str, sorted(n)))}), and PEFT pairs "
+                "them with their gains in another order in each: only layers whose shorter sides are equal go together"
             )
         return n.pop()
 
@@ -314,8 +334,8 @@ class RandLora(Format):
 class Miss(Format):
     """Bone: PEFT's MiSS with `init_weights="bat"`, or with True for the later form."""
 
-    type = "MISS"
-    slugs = ("bone",)
+    peft_type = "MISS"
+    slug = "bone"
     options = MissOptions
     kinds = ("linear",)
     leaves: ClassVar = {"miss_block": "D"}
@@ -324,19 +344,40 @@ class Miss(Format):
         if options.init_weights == "mini":
             raise UnsupportedError("'init_weights' is 'mini', a form of MiSS that Rankfold does not have")
         if options.miss_dropout:
-            warnings.warn(f"miss_dropout={options.miss_dropout} is left out: bone has no dropout here; nothing else differs", stacklevel=4)
+            warnings.warn(
+                f"miss_dropout={options.miss_dropout} is left out: bone has no dropout here; nothing else differs",
+                stacklevel=4,
+            )
         return build("bone", rank=options.r, variant="bat" if options.init_weights == "bat" else "bone")
 
     def hyperparameters(self, adapter: Adapter, everything: Sequence[str]) -> dict[str, Any]:
-        ranks = {delta.D.shape[-2] for delta in adapter.deltas.values()}
+        ranks = {delta.D.shape[-2] for delta in _deltas(adapter)}
         variants = {adapter.methods.get(site, adapter.method).variant for site in adapter.deltas}  # type: ignore[attr-defined]
         if len(ranks) > 1 or len(variants) > 1:
             raise UnsupportedError("PEFT's MiSS has one rank and one form for all layers")
         return {"r": ranks.pop(), "init_weights": "bat" if variants == {"bat"} else True, "bias": "none"}
 
 
-FORMATS: tuple[Format, ...] = (Lora(), Dora(), Vera(), Ia3(), RandLora(), Miss())
-READ: dict[str, Format] = {each.type: each for each in reversed(FORMATS)}
+_FORMATS: tuple[Format, ...] = (Lora(), Dora(), Vera(), Ia3(), RandLora(), Miss())
+WRITTEN: dict[str, Format] = {each.slug: each for each in _FORMATS}
+OPTIONS: dict[str, type[Options]] = {each.peft_type: each.options for each in _FORMATS}
+
+
+def format_of(options: Options) -> Format:
+    """The format of a file with these options."""
+    return (
+        WRITTEN["dora"]
+        if getattr(options, "use_dora", False)
+        else next(f for f in _FORMATS if f.peft_type == options.peft_type)
+    )
+
+
+def _deltas(adapter: Adapter) -> Iterable[Any]:
+    return adapter.deltas.values()
+
+
+def _shared(adapter: Adapter) -> Any:
+    return adapter.shared
 
 
 def _commonest(values: Mapping[str, Any], preferred: Any) -> Any:
@@ -349,13 +390,16 @@ def _one_method(adapter: Adapter) -> Method:
     """The method of all layers, which is all that PEFT's configuration has room for."""
     if adapter.methods:
         site = next(iter(adapter.methods))
-        raise UnsupportedError(f"{site} has hyperparameters of its own, and PEFT has one set for all layers of a {adapter.method.slug}")
+        raise UnsupportedError(
+            f"{site} has hyperparameters of its own, and PEFT has one set for all layers of a {adapter.method.slug}"
+        )
     return adapter.method
 
 
 def _at_least(name: str, tensor: Tensor, shape: tuple[int, ...], exactly: tuple[int, ...]) -> None:
     fits = tensor.dim() == len(shape) and all(
-        size == needed if i in exactly else size >= needed for i, (size, needed) in enumerate(zip(tensor.shape, shape, strict=True))
+        size == needed if i in exactly else size >= needed
+        for i, (size, needed) in enumerate(zip(tensor.shape, shape, strict=True))
     )
     if not fits:
         raise AdapterFileError(f"{name} has shape {tuple(tensor.shape)}, and the layers need {shape}")

@@ -1,7 +1,6 @@
 """Which layers a PEFT configuration names, by PEFT's own rules, and how to name a given set of layers by them."""
 
 import re
-import re._constants as opcodes  # type: ignore[import-not-found]
 import re._parser as parser  # type: ignore[import-not-found]
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -36,7 +35,9 @@ class Names:
 
     def selects(self, path: str, linear: bool) -> bool:
         """Whether `target_modules` and its exceptions select the module at the path; `linear`: it is a linear layer."""
-        if _listed(path, self.excluded) or any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in self.saved):
+        if _listed(path, self.excluded) or any(
+            re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in self.saved
+        ):
             return False
         if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
             return linear
@@ -72,7 +73,9 @@ class Names:
         if not self.layers_pattern:
             found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
         else:
-            found = next(filter(None, (re.match(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.", path) for p in self.layers_pattern)), None)
+            found = next(
+                filter(None, (re.match(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.", path) for p in self.layers_pattern)), None
+            )
         return None if found is None else int(found.group(found.lastindex or 1))
 
 
@@ -93,26 +96,29 @@ def check_pattern(pattern: str) -> None:
     except (re.error, RecursionError, OverflowError) as error:
         raise AdapterFileError(f"{pattern[:80]!r} is no regular expression: {error}") from None
     if len(pattern) > 4096 or _freedom(tree) > _MOST:
-        raise AdapterFileError(f"the regular expression {pattern[:80]!r} could take forever to match: give a list of names instead")
+        raise AdapterFileError(
+            f"the regular expression {pattern[:80]!r} could take forever to match: give a list of names instead"
+        )
 
 
 def _freedom(tree: Any) -> int:
-    """How freely a match can split a text: 3 for each repeat, 2 for each choice on the way; no bound for nested ones."""
+    """How freely a match can split a text: 3 for each repeat, 2 for each choice on the way; too freely if they nest."""
     total = 0
-    for op, argument in tree:
-        if op in (opcodes.MAX_REPEAT, opcodes.MIN_REPEAT, opcodes.POSSESSIVE_REPEAT):
+    for opcode, argument in tree:
+        op = str(opcode)
+        if op in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
             low, high, body = argument
             if high == 1:
                 total += _freedom(body) + 2 * (low != high)
             else:
                 total += 3 * (low != high) + (_MOST + 1) * (_freedom(body) > 0)
-        elif op is opcodes.BRANCH:
+        elif op == "BRANCH":
             total += 2 + max(map(_freedom, argument[1]))
-        elif op in (opcodes.SUBPATTERN, opcodes.ASSERT, opcodes.ASSERT_NOT):
+        elif op in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
             total += _freedom(argument[-1])
-        elif op is opcodes.ATOMIC_GROUP:
+        elif op == "ATOMIC_GROUP":
             total += _freedom(argument)
-        elif op in (opcodes.GROUPREF, opcodes.GROUPREF_EXISTS):
+        elif op in ("GROUPREF", "GROUPREF_EXISTS"):
             total += _MOST + 1
     return total
 
