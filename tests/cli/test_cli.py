@@ -128,14 +128,12 @@ def test_merge_writes_a_model_that_transformers_loads(
 def test_export_and_import(workplace: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    base = ("--model", workplace / "llama")
-    assert (
-        run(capfd, "export", *base, "--adapter", workplace / "run" / "adapter", "--output", tmp_path / "peft")[0] == 0
-    )
+    base, adapter = ("--model", workplace / "llama"), workplace / "run" / "adapter"
+    assert run(capfd, "export", *base, "--adapter", adapter, "--output", tmp_path / "peft")[0] == 0
     assert (tmp_path / "peft" / "adapter_config.json").exists()
     command = ("import", *base, "--peft", tmp_path / "peft", "--output", tmp_path / "back", "--name", "back")
     assert run(capfd, *command)[0] == 0
-    ours, back = (load_file(p / "adapter.safetensors") for p in (workplace / "run" / "adapter", tmp_path / "back"))
+    ours, back = (load_file(p / "adapter.safetensors") for p in (adapter, tmp_path / "back"))
     assert ours.keys() == back.keys()
     assert all(torch.equal(ours[name], back[name]) for name in ours)
 
@@ -231,9 +229,6 @@ def test_an_unexpected_error_is_one_line_too(
 
 
 def test_a_missing_extra_is_named(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rankfold.train.recipe_file", None)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-
     def absent(*arguments: Any, **options: Any) -> None:
         raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
 

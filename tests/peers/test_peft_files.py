@@ -297,7 +297,7 @@ OVERRIDES = {
     r".*\.11\..*": {"alpha": 3.0},
     r".*\.7\..*": {"rank": 3, "rslora": True},
 }
-SUFFIXES = {"layers.1.proj": {"rank": 5}, "a.proj": {"rank": 4}, "layers.0.proj": {"rank": 3}}
+SUFFIXES = {"layers.1.proj": {"rank": 5}, "a.proj": {"rank": 4}, "pro[j]": {"rank": 3}}
 
 
 def some(*paths: str) -> Callable[[str, nn.Module], bool]:

@@ -72,7 +72,7 @@ def test_a_model_that_does_not_fit_the_task(vit_dir: Path, llama_dir: Path, tmp_
         models.load_model(spec(vit_dir), "causal-lm")
     file = tmp_path / "weights.bin"
     file.write_bytes(b"")
-    with pytest.raises(RankfoldError, match="neither a directory nor a .gguf file"):
+    with pytest.raises(RankfoldError, match=r"neither a directory nor a \.gguf file"):
         models.load_model(spec(file), "causal-lm")
 
 

@@ -17,6 +17,7 @@ from rankfold.core.method import Init, Method
 from rankfold.core.quantized import is_plain
 from rankfold.core.routing import State
 from rankfold.core.targets import Target, Targets
+from rankfold.core.tensorfile import all_finite
 from rankfold.errors import RankfoldError, UnsupportedError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+=@-]{0,127}")
@@ -125,12 +126,8 @@ def check_layout(
 
 def check_finite(given: Mapping[str, Tensor], what: str, error: type[RankfoldError] = RankfoldError) -> None:
     """Refuse tensors that hold NaN or infinity."""
-    floating = {name: tensor for name, tensor in given.items() if tensor.is_floating_point() and tensor.numel()}
-    # The largest magnitude of all is one fused computation, and NaN or infinity if any number is.
-    if not floating or torch.nn.utils.get_total_norm(floating.values(), float("inf")).isfinite():
-        return
-    for name, tensor in floating.items():
-        if not bool(torch.isfinite(tensor).all()):
+    for name, tensor in given.items():
+        if not all_finite(tensor):
             raise error(f"{what}: {name} holds NaN or infinity")
 
 

@@ -146,14 +146,15 @@ def _thin_gradients(gy, x, A, B, h, scale, need_x, need_A, need_B):
         h = _h(x, A, scale)
     gh = gA = None
     if need_x or need_A:
-        gh = _thin(gy, B).mul_(scale)
+        gh = _h(gy, B.mT, scale)  # the same product, backwards
     if need_A:
         gA = _thin(x.mT, gh).mT
     return gh, gA, _thin(gy.mT, h) if need_B else None
 
 
 def _h(x: Tensor, A: Tensor, scale: float) -> Tensor:
-    return _thin(x, A.mT).mul_(scale)
+    h = _thin(x, A.mT)
+    return h if scale == 1 else h.mul_(scale)
 
 
 def _thin(a: Tensor, b: Tensor) -> Tensor:

@@ -140,7 +140,9 @@ class TensorFile:
             raise AdapterFileError(f"{self._what} changed while it was read: load it again when nothing writes to it")
         data = torch.frombuffer(self._data, dtype=torch.uint8) if self.size else torch.empty(0, dtype=torch.uint8)
         tensors = {name: self._view(name, entry, data) for name, entry in self.entries.items()}
-        self._check_finite(data, tensors)
+        for name, tensor in tensors.items():
+            if not all_finite(tensor):
+                raise AdapterFileError(f"{self._what}: {name} holds NaN or infinity: it diverged or is damaged")
         return tensors
 
     def digest(self) -> str:
@@ -154,25 +156,17 @@ class TensorFile:
         part = data[entry.begin : entry.end]
         if entry.dtype == torch.bool and bool((part > 1).any()):
             raise AdapterFileError(f"{self._what}: tensor {name!r} of booleans holds other values than 0 and 1")
-        if (
-            entry.begin % entry.dtype.itemsize
-        ):  # no file of ours: a view has to start at a multiple of its numbers' size
+        if entry.begin % entry.dtype.itemsize:  # no file of ours: a view starts at a multiple of its numbers' size
             part = part.clone()
         return part.view(entry.dtype).view(entry.shape)
 
-    def _check_finite(self, data: Tensor, tensors: dict[str, Tensor]) -> None:
-        dtypes = {entry.dtype for entry in self.entries.values()}
-        if len(dtypes) == 1 and self.size:  # as nearly always; a finite sum tells that all numbers are
-            dtype = dtypes.pop()
-            if not dtype.is_floating_point or math.isfinite(
-                data.view(dtype).sum(dtype=torch.promote_types(dtype, torch.float32))
-            ):
-                return
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise AdapterFileError(
-                    f"{self._what}: {name} holds NaN or infinity: the adapter diverged in training or is damaged"
-                )
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN or infinity. A finite sum says so at once; one that is not may have overflowed."""
+    if not tensor.is_floating_point():
+        return True
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return math.isfinite(total) or bool(torch.isfinite(tensor).all())
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -42,9 +42,9 @@ def load_model(
     """
     import transformers
 
-    source = model_source(spec)
     options: dict[str, Any] = {"revision": spec.revision} if spec.revision else {}
     try:
+        source = model_source(spec)
         if task is None:
             config = transformers.AutoConfig.from_pretrained(source, **options)
             task = "seq2seq" if config.is_encoder_decoder else "causal-lm"
@@ -61,8 +61,11 @@ def load_model(
             model, info = getattr(transformers, _AUTO[task]).from_pretrained(
                 source, dtype=getattr(torch, spec.dtype), output_loading_info=True, **options
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise RankfoldError(f"model.path: cannot load {spec.path} for {task}: {_first_sentence(error)}") from error
+    except RankfoldError:
+        raise
+    except Exception as error:  # the readers of models raise types of their own; the cause is what helps
+        what = f"{spec.path} for {task}" if task else spec.path
+        raise RankfoldError(f"model.path: cannot load {what}: {_first_sentence(error)}") from error
     absent = {*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))}
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = getattr(processor, "pad_token_id", None)
