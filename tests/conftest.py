@@ -11,13 +11,25 @@ _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _threads = max(1, (os.cpu_count() or 1) // _workers)
 os.environ["OMP_NUM_THREADS"] = str(_threads)
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(_threads)
+# A slow machine is no counterexample.
+hypothesis.settings.register_profile("rankfold", deadline=None)
+hypothesis.settings.load_profile("rankfold")
+
+
+# Every test and every shared fixture starts from the same seed, whatever ran before it in the same worker.
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
-    """Every test starts from the same seed, whatever ran before it in the same worker."""
+def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)

@@ -20,9 +20,9 @@ from rankfold.core.calibration import (
     InputSecondMoment,
     MeanGradient,
     Statistic,
-    _IncrementalPCA,
     calibrate,
 )
+from rankfold.core.calibration.accumulators import IncrementalPCA
 from rankfold.core.quantized import dense
 from rankfold.core.targets import find
 from rankfold.errors import RankfoldError, UnsupportedError
@@ -223,7 +223,7 @@ def test_pca_stops_reading_when_what_counts_has_settled():
 
 def test_settled_looks_only_at_the_ratios_that_would_be_taken():
     def pca(sigma, cosines):
-        made = _IncrementalPCA(2)
+        made = IncrementalPCA(2)
         made.sigma, made.squares, made.cosines = torch.tensor(sigma).sqrt(), torch.tensor(1.0), torch.tensor(cosines)
         return made
 

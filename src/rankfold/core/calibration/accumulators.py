@@ -1,0 +1,103 @@
+"""How each statistic is accumulated, batch by batch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfold.core.linalg import leading_svd
+
+
+class Accumulator:
+    """What grows batch by batch: `add` a matrix, then `result(batches)` names the tensors of the statistic."""
+
+    def add(self, X: Tensor) -> None:
+        raise NotImplementedError
+
+    def result(self, batches: int) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class CovarianceAccumulator(Accumulator):
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.tokens = 0
+
+    def add(self, X: Tensor) -> None:
+        self.total = X.new_zeros(X.shape[1], X.shape[1]) if self.total is None else self.total
+        self.total.addmm_(X.mT, X)
+        self.tokens += X.shape[0]
+
+    def result(self, batches: int) -> dict[str, Tensor]:
+        return {"value": self.total / self.tokens}  # type: ignore[operator]
+
+
+class SecondMomentAccumulator(Accumulator):
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.tokens = 0
+
+    def add(self, X: Tensor) -> None:
+        squares = X.square().sum(0).to_dense()  # an embedding's one-hot X is sparse
+        self.total = squares if self.total is None else self.total.add_(squares)
+        self.tokens += X.shape[0]
+
+    def result(self, batches: int) -> dict[str, Tensor]:
+        return {"value": self.total / self.tokens}  # type: ignore[operator]
+
+
+class MeanGradientAccumulator(Accumulator):
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def add(self, X: Tensor) -> None:
+        self.total = X.clone() if self.total is None else self.total.add_(X)
+
+    def result(self, batches: int) -> dict[str, Tensor]:
+        return {"value": self.total / batches}  # type: ignore[operator]
+
+
+class IncrementalPCA(Accumulator):
+    """With n tokens seen, mean μ, components V and singular values σ, a batch Y of m tokens with mean ν gives
+
+        [diag(σ) V;  Y − ν;  √(nm / (n+m)) (μ − ν)]
+
+    whose leading right singular vectors and values are the new V and σ (exactly so if no component was cut before).
+    A batch of fewer tokens than components is used too; EVA's code skips it.
+    """
+
+    def __init__(self, components: int):
+        self.k, self.tokens = components, 0
+        self.rng = torch.Generator().manual_seed(0)
+        self.mean: Any = None  # (in,)
+        self.V: Any = None  # (k, in)
+        self.sigma: Any = None  # (k,)
+        self.squares: Any = 0.0  # Σ (x − μ)², over tokens and features
+        self.cosines: Tensor | None = None  # (k,) of each component with the one before this batch
+
+    @property
+    def ratios(self) -> Tensor:
+        return self.sigma.square() / torch.where(self.squares > 0, self.squares, 1).to(self.sigma)
+
+    def add(self, X: Tensor) -> None:
+        n, m = self.tokens, X.shape[0]
+        mean = X.mean(0, dtype=torch.float64)
+        X = (X - mean).to(X.dtype)
+        self.squares = self.squares + X.square().sum(dtype=torch.float64)
+        if n:
+            shift = self.mean - mean
+            self.squares = self.squares + n * m / (n + m) * shift.square().sum()
+            X = torch.cat([self.sigma.unsqueeze(1) * self.V, X, (n * m / (n + m)) ** 0.5 * shift.to(X).unsqueeze(0)])
+            mean = mean + n / (n + m) * shift
+        old, (_, self.sigma, self.V) = self.V, leading_svd(X, self.k, self.rng)
+        self.mean, self.tokens = mean, n + m
+        if old is not None and len(old) == self.k:
+            self.cosines = (old * self.V).sum(1)
+
+    def result(self, batches: int) -> dict[str, Tensor]:
+        return {
+            "components": self.V,
+            "ratios": self.ratios,
+            "singular_values": self.sigma,
+            "mean": self.mean.to(self.V),
+        }

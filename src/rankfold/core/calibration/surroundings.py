@@ -1,0 +1,64 @@
+"""Around a calibration: the model put at rest and given back as it was, and the progress bar."""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """The plain base, in eval mode, with nothing that requires a gradient; afterwards all as it was."""
+    from rankfold.core.adapter import _find_state
+
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # bitsandbytes repacks 4-bit weights for inference on some CPUs, where they then pass no gradient.
+    repacking = [module for module in model.modules() if module.__dict__.get("support_avx512bf16_for_cpu")]
+    state = _find_state(model)
+    with contextlib.nullcontext() if state is None else state.using(None):
+        try:
+            for module in repacking:
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            model.eval().requires_grad_(False)
+            yield
+        finally:
+            for module in repacking:
+                module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+class Bar:
+    """A progress bar that appears after a second. Rich is imported only then."""
+
+    def __init__(self, batches: Iterable[Any], max_batches: int | None, wanted: bool):
+        length = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+        self.total = min((n for n in (length, max_batches) if n is not None), default=None)
+        self.wanted, self.begin, self.done = wanted, time.monotonic(), 0
+        self.bar: Any = None
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def step(self) -> None:
+        self.done += 1
+        if not self.wanted or time.monotonic() - self.begin < 1:
+            return
+        if self.bar is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.bar.add_task("Calibrating", total=self.total)
+        total = self.total and max(self.total, self.done)  # further passes begin after the first one's end
+        self.bar.update(0, completed=self.done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
