@@ -18,7 +18,7 @@ def main():
         "peft": lambda: wrapped.append(peft.get_peft_model(theirs, config)),
     }
     after = {"rankfold": lambda: rankfold.detach(ours), "peft": lambda: wrapped.pop().unload()}
-    samples = harness.interleaved(sides, given.rounds, after=after)
+    samples = harness.interleaved(sides, given.rounds, patience=given.patience, after=after)
     rows = harness.table(samples, "rankfold", {})
     rows[0]["target"] = f"{TARGET_MS} ms"
     harness.report(given, "attach", rows)

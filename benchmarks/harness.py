@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing on a machine that others use too, the machine's description, JSON out."""
+"""What every benchmark shares: interleaved timing on a machine that others use too, its description, JSON out."""
 
 import argparse
 import datetime
@@ -23,14 +23,14 @@ def interleaved(
     repeat: int = 1,
     after: Sides | None = None,
     others: float = 0.05,
-    patience: float = 60.0,
+    patience: float = 300.0,
 ) -> dict[str, list[float]]:
     """Seconds of each side, `rounds` samples each, taken in turn: a, b, c, b, c, a, ...
 
     A sample is the mean of `repeat` runs (for what takes milliseconds). `after[name]` undoes a run, untimed.
-    A sample during which other processes used over `others` of the machine's processors is thrown away and taken
-    again: two threads that wait for each other on a busy core take several times as long, and not in proportion.
-    After `patience` seconds whatever comes is taken.
+    A sample is taken when other processes use less than `others` of the machine's processors, and thrown away if they
+    did not while it ran: two threads that wait for each other on a busy core take several times as long, and not in
+    proportion. After `patience` seconds whatever comes is taken.
     """
     after = after or {}
 
@@ -48,18 +48,19 @@ def interleaved(
         for name in sides:
             sample(name)
     samples: dict[str, list[float]] = {name: [] for name in sides}
-    names, end, turn = list(sides), time.monotonic() + patience, 0
-    while min(map(len, samples.values())) < rounds:
+    names, end = list(sides), time.monotonic() + patience
+    for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            if len(samples[name]) >= rounds:
-                continue
-            share = _others()
-            seconds = sample(name)
-            if share() <= others or time.monotonic() > end:
-                samples[name].append(seconds)
-            else:
-                time.sleep(0.2)
-        turn += 1
+            while True:
+                share = _others()
+                time.sleep(0.1)
+                while share() > others and time.monotonic() < end:
+                    share = _others()
+                    time.sleep(0.25)
+                share, seconds = _others(), sample(name)
+                if share() <= others or time.monotonic() > end:
+                    samples[name].append(seconds)
+                    break
     return samples
 
 
@@ -88,7 +89,9 @@ def ratios(samples: Mapping[str, list[float]], base: str) -> dict[str, float]:
     return {name: statistics.median(times) / statistics.median(samples[base]) for name, times in samples.items()}
 
 
-def table(samples: Mapping[str, list[float]], base: str, targets: Mapping[str, float], **common: Any) -> list[dict[str, Any]]:
+def table(
+    samples: Mapping[str, list[float]], base: str, targets: Mapping[str, float], **common: Any
+) -> list[dict[str, Any]]:
     """A row for each side: median and smallest milliseconds, ratio to `base`, the target on that ratio."""
     return [
         {
@@ -122,10 +125,11 @@ def machine() -> dict[str, Any]:
 
 
 def arguments(description: str, **defaults: int) -> argparse.Namespace:
-    """`--json PATH`, `--threads N` and one integer option for each default."""
+    """`--json PATH`, `--threads N`, `--patience SECONDS` and one integer option for each default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait for a quiet machine")
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Load 2,000 saved LoRA adapters (r=8) of a 4-layer width-256 Llama, all resident: seconds, and memory over their bytes."""
+"""Load 2,000 saved LoRA adapters (r=8) of a 4-layer width-256 Llama: seconds, and memory held over their bytes."""
 
 import gc
 import os

@@ -52,10 +52,13 @@ def main():
             "rankfold, repeated": lambda: routed(names),
             "peft": lambda: forward(theirs, adapter_names=names),
         }
-        samples = harness.interleaved(sides, given.rounds, repeat=given.repeat)
+        samples = harness.interleaved(sides, given.rounds, patience=given.patience, repeat=given.repeat)
         with rankfold.using(ours, names):
             held = harness.interleaved(
-                {"plain": sides["plain"], "rankfold, held": lambda: forward(ours)}, given.rounds, repeat=given.repeat
+                {"plain": sides["plain"], "rankfold, held": lambda: forward(ours)},
+                given.rounds,
+                patience=given.patience,
+                repeat=given.repeat,
             )
     rows = harness.table(samples, "plain", {"rankfold, fresh": TARGET, "rankfold, repeated": TARGET})
     rows[-1:-1] = harness.table(held, "plain", {"rankfold, held": TARGET})[1:]

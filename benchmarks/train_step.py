@@ -46,7 +46,7 @@ def main():
             "rankfold, from ids": step(ours, inputs, labels, adapter, to_inputs=False),
             "peft": step(theirs, inputs, labels, peft_adapter),
         }
-        samples = harness.interleaved(sides, given.rounds)
+        samples = harness.interleaved(sides, given.rounds, patience=given.patience)
         rows += harness.table(samples, "frozen", {"rankfold": target}, rank=rank)
     harness.report(given, "train_step", rows)
 

@@ -28,7 +28,8 @@ def table() -> str:
     for axis in dict.fromkeys(entry.axis for entry in entries):
         own = [entry for entry in entries if entry.axis == axis]
         if axis == "deltas":
-            head = "| method | paper | source | layers | merge | as LoRA | inits |\n| --- | --- | --- | --- | --- | --- | --- |"
+            names = ["method", "paper", "source", "layers", "merge", "as LoRA", "inits"]
+            head = f"| {' | '.join(names)} |\n|{' --- |' * len(names)}"
             rows = [row(entry) for entry in own]
         else:
             head = "| component | paper | source |\n| --- | --- | --- |"

@@ -7,10 +7,12 @@ __version__ = "0.1.0"
 
 # What the package offers, by the module it lives in: imported on first use, so that `import rankfold` stays quick.
 _PUBLIC = {
-    "rankfold.core.adapter": ("Adapter", "adapters", "attach", "detach", "rename", "set_active", "using"),
+    "rankfold.core.adapter": ("Adapter",),
+    "rankfold.core.attach": ("attach",),
     "rankfold.core.calibration": ("Calibration", "calibrate"),
     "rankfold.core.checkpoint": ("load", "save"),
     "rankfold.core.component": ("build",),
+    "rankfold.core.control": ("adapters", "detach", "rename", "set_active", "using"),
     "rankfold.core.convert": ("as_lora",),
     "rankfold.core.merging": ("merge", "unmerge"),
     "rankfold.core.peft": ("export_peft", "import_peft"),
@@ -22,10 +24,12 @@ _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
 if TYPE_CHECKING:
     from rankfold.core import Callback, Delta, Init, Method, Site
-    from rankfold.core.adapter import Adapter, adapters, attach, detach, rename, set_active, using
+    from rankfold.core.adapter import Adapter
+    from rankfold.core.attach import attach
     from rankfold.core.calibration import Calibration, calibrate
     from rankfold.core.checkpoint import load, save
     from rankfold.core.component import build
+    from rankfold.core.control import adapters, detach, rename, set_active, using
     from rankfold.core.convert import as_lora
     from rankfold.core.merging import merge, unmerge
     from rankfold.core.peft import export_peft, import_peft

@@ -1,4 +1,4 @@
-"""The errors Rankfold raises for bad input: each names the cause and the fix, and the command line prints it as one line."""
+"""The errors Rankfold raises for bad input: each names the cause and the fix; the command line prints one line."""
 
 
 class RankfoldError(ValueError):

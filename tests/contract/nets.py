@@ -79,7 +79,9 @@ def example(kind: str = "linear", rows: int = 4, dtype: torch.dtype = torch.floa
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def attach(model: nn.Module, slug: str, name: str = "default", kind: str = "linear", **hyper: object) -> rankfold.Adapter:
+def attach(
+    model: nn.Module, slug: str, name: str = "default", kind: str = "linear", **hyper: object
+) -> rankfold.Adapter:
     """The method with its default hyperparameters on both layers of the model."""
     targets = TARGETS.get(kind, ["fc1"] if kind == "embedding" else ["fc1", "fc2"])
     return rankfold.attach(model, rankfold.build(slug, **hyper), targets=targets, name=name)

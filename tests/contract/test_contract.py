@@ -321,10 +321,11 @@ def test_dropout_acts_in_training_only(slug: str) -> None:
     assert difference(model(x), expected) < 1e-12
     dropped.train()
     torch.manual_seed(0)
-    samples = torch.stack([model.fc1(x) for _ in range(2000)])
-    rankfold.set_active(model, "default")
-    assert difference(samples[0], samples[1]) > 1e-3
-    assert difference(samples.mean(0), model.fc1(x)) < 0.1
+    with torch.no_grad():
+        samples = torch.stack([model.fc1(x) for _ in range(300)])
+        rankfold.set_active(model, "default")
+        assert difference(samples[0], samples[1]) > 1e-3
+        assert difference(samples.mean(0), model.fc1(x)) < 0.15
 
 
 @every_method
@@ -335,7 +336,9 @@ def test_trains_over_a_quantised_base(slug: str, quantizer: str) -> None:
     model = QUANTIZERS[quantizer](model)
     x = torch.randn(6, 64)
     before = model(x).float()
-    adapter = rankfold.attach(model, rankfold.build(slug, **({"feedforward": []} if slug == "ia3" else {})), targets=["0", "2"])
+    adapter = rankfold.attach(
+        model, rankfold.build(slug, **({"feedforward": []} if slug == "ia3" else {})), targets=["0", "2"]
+    )
     assert difference(model(x).float(), before) < 0.02
     optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
     target, losses = torch.randn(6, 64), []

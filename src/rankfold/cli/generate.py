@@ -27,9 +27,9 @@ def generate(
 ) -> None:
     """Generate text from prompts."""
     import torch
-    from accelerate import PartialState
 
     from rankfold.train import encode, samples
+    from rankfold.train.processes import processes
 
     loaded = load_base(model, dtype, None)
     if adapter is not None:
@@ -40,7 +40,7 @@ def generate(
         texts = [encode.chat_text(loaded.processor, turn, add_generation_prompt=True) for turn in turns]
     options = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
-    loaded.model.to(PartialState().device).eval()
+    loaded.model.to(processes().device).eval()
     answers = []
     with stderr.status("generating"):
         for text in texts:

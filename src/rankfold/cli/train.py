@@ -36,10 +36,13 @@ def train(
     from dataclasses import asdict
 
     from rankfold.train.display import ConsoleDisplay
+    from rankfold.train.processes import processes
     from rankfold.train.run import train as train_run
 
     quiet_loading()
     report = train_run(run, folder, resume=resume, display=ConsoleDisplay(stderr))
+    if not processes().is_main_process:
+        return
     if json:
         print_json(asdict(report))
         return

@@ -21,21 +21,14 @@ from torch import Tensor, nn
 
 import rankfold
 from rankfold.core import fingerprint
-from rankfold.core.adapter import (
-    _NAME,
-    Adapter,
-    _find_state,
-    _fold,
-    build_adapter,
-    check_finite,
-    check_layout,
-    state_of,
-)
+from rankfold.core.adapter import Adapter, check_finite, check_layout
+from rankfold.core.attach import build_adapter, fold_offset
 from rankfold.core.component import Component, build
 from rankfold.core.delta import Site
 from rankfold.core.files import MAX_JSON, open_inside, parse_json, write_whole
 from rankfold.core.layers import kind_of
 from rankfold.core.method import Init, Method
+from rankfold.core.routing import NAME, find_state, state_of
 from rankfold.core.seeded import Bases
 from rankfold.core.targets import Target, _inside_adapter
 from rankfold.core.tensorfile import Entry, TensorFile, digest
@@ -85,7 +78,7 @@ class Document(_Strict):
     format: int
     rankfold: str
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-    name: Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
+    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
     method: _Described
     init: _Described | None
@@ -386,7 +379,7 @@ def load(
         what = str(folder / TENSORS)
         method = _component(document.method, Method, what)
         init = None if document.init is None else _component(document.init, Init, what)
-        state = _find_state(model)
+        state = find_state(model)
         root = _unwrapped(model) if state is None else state.model
         matched = [_target(root, site, record, document, what, dtype) for site, record in document.sites.items()]
         methods = _own_methods(method, document, what)
@@ -602,4 +595,4 @@ def _take(adapter: Adapter, file: TensorFile, document: Document, what: str) -> 
                 raise AdapterFileError(
                     f"{what}: the offset is folded, it says, and there is none at {delta.site.name}: it is damaged"
                 )
-            _fold(delta)
+            fold_offset(delta)

@@ -36,7 +36,9 @@ class Component(BaseModel):
             return
         missing = [name for name in ("title", "source") if not hasattr(cls, name)]
         if missing:
-            raise TypeError(f"{cls.__name__} has a slug but no {' and no '.join(missing)}: state them as class variables")
+            raise TypeError(
+                f"{cls.__name__} has a slug but no {' and no '.join(missing)}: state them as class variables"
+            )
         other = _registry.get(cls.slug)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"slug {cls.slug!r} of {cls.__module__}.{cls.__qualname__} is taken by {other.__module__}")

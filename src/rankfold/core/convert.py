@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.core.adapter import Adapter, build_adapter, state_of
+from rankfold.core.adapter import Adapter
+from rankfold.core.attach import build_adapter
 from rankfold.core.delta import Delta
 from rankfold.core.layers import kind_of
 from rankfold.core.linalg import truncate
+from rankfold.core.routing import state_of
 from rankfold.core.targets import Target
 from rankfold.errors import RankfoldError, UnsupportedError
 
@@ -38,7 +40,9 @@ def as_lora(
     for site_name, delta in adapter.deltas.items():
         if delta.form in ("function", "bias"):
             what = "only biases" if delta.form == "bias" else "the output by a function"
-            raise UnsupportedError(f"{adapter.method.slug} has no ΔW to turn into a LoRA: it changes {what} (at {site_name})")
+            raise UnsupportedError(
+                f"{adapter.method.slug} has no ΔW to turn into a LoRA: it changes {what} (at {site_name})"
+            )
         B, A, report[site_name] = _product(delta, rank)
         pairs[site_name] = (B, A)
 
@@ -58,9 +62,10 @@ def as_lora(
         mixin: Any = kind_of(layer)
         site = next(site for site in mixin.sites(path, layer) if site.name == site_name)
         matched.append(Target(site, mixin, path, layer))
+    copies = {path: adapter.model.get_submodule(path) for path in adapter.modules}
     new = build_adapter(
         model, matched, widest, methods, new_name or f"{name}-lora", fill,
-        init=None, seed=adapter.seed, targets=list(pairs), copies={path: adapter.model.get_submodule(path) for path in adapter.modules}, active=False,
+        init=None, seed=adapter.seed, targets=list(pairs), copies=copies, active=False,
     )  # fmt: skip
     return new, report
 

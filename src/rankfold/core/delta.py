@@ -29,7 +29,9 @@ class Site:
     experts and `()` otherwise; `bias` says whether the layer has one.
     """
 
-    def __init__(self, name: str, kind: str, shape: tuple[int, ...], bias: bool, dtype: torch.dtype, parameter: str = "weight"):
+    def __init__(
+        self, name: str, kind: str, shape: tuple[int, ...], bias: bool, dtype: torch.dtype, parameter: str = "weight"
+    ):
         self.name, self.kind, self.bias, self.dtype, self.parameter = name, kind, bias, dtype, parameter
         *batch, self.out, self.in_ = shape
         self.batch = tuple(batch)
@@ -164,7 +166,7 @@ class Delta(nn.Module):
         """The factors that act on the weight as it stands: `factors()`, and behind them the offset's with a minus sign.
 
         An offset is a start `scale · B0 A0` that was taken out of the base: the change is `scale · (B A − B0 A0)`, of
-        rank up to 2r. After `fold` the weight already lacks it; `on_base=True` asks for the change to the untouched base.
+        rank up to 2r. After `fold` the weight lacks it already; `on_base=True` asks for the change to the whole base.
         """
         B, A = self.factors() if self.form == "factors" else self._low_rank()
         if "A0" not in self._buffers or (self.is_folded and not on_base):
@@ -189,7 +191,10 @@ class Delta(nn.Module):
                 return self.transform(W)
             case "bias":
                 return W
-        raise UnsupportedError(f"{type(self).__name__} at {self.site.name} changes the output by a function, not by a ΔW: it cannot be merged or exported as one")
+        raise UnsupportedError(
+            f"{type(self).__name__} at {self.site.name} changes the output by a function, not by a ΔW: "
+            "it cannot be merged or exported as one"
+        )
 
     @property
     def startable(self) -> bool:
@@ -197,7 +202,7 @@ class Delta(nn.Module):
         return "A" in self._parameters and "B" in self._parameters
 
     def set_start(self, B: Tensor, A: Tensor, offset: bool) -> None:
-        """Start the product at `B (out, r)`, `A (r, in)`; with `offset`, keep the function by taking that start out again."""
+        """Start the product at `B (out, r)`, `A (r, in)`; with `offset`, take that start out again behind it."""
         with torch.no_grad():
             self.B.copy_(B)
             self.A.copy_(A)
@@ -210,5 +215,9 @@ class Delta(nn.Module):
 def fill(tensor: Tensor, rng: torch.Generator, *, bound: float | None = None, std: float | None = None) -> Tensor:
     """Fill in place from the CPU generator: uniform on ±bound, or normal with the standard deviation."""
     drawn = torch.empty(tensor.shape, dtype=torch.float32)
-    drawn = drawn.uniform_(-bound, bound, generator=rng) if bound is not None else drawn.normal_(0.0, std or 0.0, generator=rng)
+    drawn = (
+        drawn.uniform_(-bound, bound, generator=rng)
+        if bound is not None
+        else drawn.normal_(0.0, std or 0.0, generator=rng)
+    )
     return tensor.copy_(drawn)

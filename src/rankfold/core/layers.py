@@ -46,7 +46,7 @@ class Deltas(nn.Module):
 
 
 class Adapted:
-    """Mixin that comes before the layer's own class. Subclasses below say how a kind of layer uses a matrix W (out, in)."""
+    """Mixin that comes before the layer's own class. Each subclass says how a kind of layer uses a W (out, in)."""
 
     kind: ClassVar[str]
     deltas: Deltas
@@ -118,7 +118,9 @@ class Adapted:
             y = self.with_factors(x, delta)
         elif delta.form == "transform" or (delta.form == "update" and self.exact_sum(delta)):
             W = delta.W.to(delta.site.dtype)
-            y = self.functional(x, delta.transform(W) if delta.form == "transform" else W + delta.update(), self.own_bias)
+            y = self.functional(
+                x, delta.transform(W) if delta.form == "transform" else W + delta.update(), self.own_bias
+            )
         else:
             y = self.base(x, delta)
             if delta.form == "update":
@@ -172,8 +174,8 @@ class AdaptedLinear(Adapted):
         if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
             weight = self._parameters["weight"]  # type: ignore[attr-defined]
             raise UnsupportedError(
-                f"a {self._plain.__name__} with a weight of type {type(weight).__name__} passes no gradient to its input, "
-                "so the layers before it cannot train: quantise weights only, or run without gradients"
+                f"a {self._plain.__name__} with a weight of type {type(weight).__name__} passes no gradient to its "
+                "input, so the layers before it cannot train: quantise weights only, or run without gradients"
             )
         return y
 
@@ -196,8 +198,12 @@ class AdaptedLinear(Adapted):
         return is_plain(weight) and self._plain is nn.Linear
 
     def stackable(self, delta: Delta) -> bool:
-        return delta.form == "factors" and not delta.biased and not delta.direct and not delta.is_folded and not (
-            delta.dropout and delta.training
+        return (
+            delta.form == "factors"
+            and not delta.biased
+            and not delta.direct
+            and not delta.is_folded
+            and not (delta.dropout and delta.training)
         )
 
     def stacked(self, x: Tensor, rows: Rows, deltas: list[Any]) -> Tensor:
@@ -318,7 +324,9 @@ class AdaptedExperts(Adapted):
         for parameter, weight in layer._parameters.items():
             if _is_expert_weight(weight):
                 shape = weight.shape if not getattr(layer, "is_transposed", False) else weight.mT.shape
-                sites.append(Site(f"{name}.{parameter}", "experts", tuple(shape), False, _delta_dtype(weight), parameter))
+                sites.append(
+                    Site(f"{name}.{parameter}", "experts", tuple(shape), False, _delta_dtype(weight), parameter)
+                )
         return sites
 
     def to_matrix(self, weight: Tensor) -> Tensor:
@@ -391,11 +399,16 @@ class FullCopy(nn.Module):
     def __init__(self, module: nn.Module):
         super().__init__()
         if adapted := [path for path, child in module.named_modules() if path and isinstance(child, Adapted)]:
-            raise RankfoldError(f"a module whose part {adapted[0]} carries a delta cannot be trained in full too: detach that adapter first")
+            raise RankfoldError(
+                f"a module whose part {adapted[0]} carries a delta cannot be trained in full too: "
+                "detach that adapter first"
+            )
         plain = module
         if isinstance(module, Adapted):  # another adapter's copy stands beside it, and must not be copied along
             plain = module._plain.__new__(module._plain)
-            plain.__dict__.update(module.__dict__, _modules={k: m for k, m in module._modules.items() if not isinstance(m, Deltas)})  # type: ignore[attr-defined]
+            plain.__dict__.update(
+                module.__dict__, _modules={k: m for k, m in module._modules.items() if not isinstance(m, Deltas)}
+            )  # type: ignore[attr-defined]
             del plain.__dict__["_rankfold"]
         self.module = copy.deepcopy(plain).requires_grad_(True)
         for parameter in self.module.parameters():
@@ -404,7 +417,7 @@ class FullCopy(nn.Module):
 
 
 def _stack(pairs: list[tuple[Tensor, Tensor, float] | None]) -> tuple[Tensor, Tensor]:
-    """A (D, r, in) and B (D, out, r), scale folded in, of D low-rank changes; shorter ranks and None filled with zeros."""
+    """A (D, r, in) and B (D, out, r), scale folded in, of D low-rank changes; zeros fill short ranks and None."""
     there = [pair for pair in pairs if pair is not None]
     r = max(B.shape[-1] for B, _, _ in there)
 
@@ -414,7 +427,9 @@ def _stack(pairs: list[tuple[Tensor, Tensor, float] | None]) -> tuple[Tensor, Te
             return A.new_zeros(r, A.shape[1]), B.new_zeros(B.shape[0], r)
         B, A, scale = pair
         missing = r - B.shape[-1]
-        return F.pad(A, (0, 0, 0, missing)) if missing else A, F.pad(B * scale if scale != 1 else B, (0, missing)) if missing or scale != 1 else B
+        return F.pad(A, (0, 0, 0, missing)) if missing else A, F.pad(
+            B * scale if scale != 1 else B, (0, missing)
+        ) if missing or scale != 1 else B
 
     As, Bs = zip(*map(padded, pairs), strict=True)
     return torch.stack(As), torch.stack(Bs)

@@ -158,8 +158,11 @@ def _h(x: Tensor, A: Tensor, scale: float) -> Tensor:
 
 
 def _thin(a: Tensor, b: Tensor) -> Tensor:
-    """a b, for a b of r columns. Skinny products are slow in BLAS: below 16 columns they run 2 to 4 times faster when r
-    is the number of rows of what is written to memory, from 16 on up to 1.6 times faster when it is of columns."""
+    """a b, for a b of r columns.
+
+    BLAS is slow at skinny products. Written as r rows they run 1.3 to 4 times faster on a processor than as r columns
+    where r < 16; from 16 on, up to 1.7 times slower (`benchmarks/README.md`).
+    """
     return a @ b if b.shape[-1] >= 16 else (b.mT @ a.mT).mT
 
 
@@ -169,7 +172,7 @@ def _accumulate(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _see(x: Tensor, lead: tuple[int, ...]) -> Tensor:
-    """x as (*lead, n): a view where x is contiguous. n comes from A or B's side, so that an empty batch is no puzzle."""
+    """(..., n) -> (*lead, n); a view where x is contiguous."""
     return x.reshape(*lead, x.shape[-1])
 
 

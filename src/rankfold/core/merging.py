@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.core.adapter import Adapter, state_of
+from rankfold.core.adapter import Adapter
 from rankfold.core.quantized import is_plain
-from rankfold.core.routing import State
+from rankfold.core.routing import State, state_of
 from rankfold.errors import RankfoldError, UnsupportedError
 
 
@@ -34,11 +34,14 @@ def merge(model: nn.Module, name: str | None = None) -> None:
         raise RankfoldError(f"adapter {name!r} is merged already")
     for delta in state.adapters[name].deltas.values():
         if not delta.mergeable:
-            raise UnsupportedError(f"{type(delta).__name__} at {delta.site.name} changes the output by a function of it, not by a ΔW: it cannot be merged")
+            raise UnsupportedError(
+                f"{type(delta).__name__} at {delta.site.name} changes the output by a function of it, not by a ΔW: "
+                "it cannot be merged"
+            )
         if delta.form != "bias" and not is_plain(delta.site.stored):
             raise UnsupportedError(
-                f"{delta.site.name} is quantised: merging would round its weight again and change what the model computes. "
-                "Keep the adapter unmerged, or load the base in float and merge there"
+                f"{delta.site.name} is quantised: merging would round its weight again and change what the model "
+                "computes. Keep the adapter unmerged, or load the base in float and merge there"
             )
     _rewrite(state, (*state.merged, name))
 
@@ -59,13 +62,15 @@ def _active(state: State) -> str:
 
 @torch.no_grad()
 def _rewrite(state: State, merged: tuple[str, ...]) -> None:
-    """Make the base what `merged` says, always from the original weights; all tensors are computed before any is set."""
+    """Make the base what `merged` says, from the original weights; all tensors are computed before any is set."""
     with state.lock:
         new: dict[str, Tensor] = {}
         for name in merged:
             for path, tensor in _merged_tensors(state, state.adapters[name], new):
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise RankfoldError(f"merging {name!r} would put NaN or infinity into {path}; the base is unchanged")
+                    raise RankfoldError(
+                        f"merging {name!r} would put NaN or infinity into {path}; the base is unchanged"
+                    )
                 new[path] = tensor
         for path in state.originals.keys() - new.keys():
             _put(state.model, path, _like_now(state, path))
@@ -75,7 +80,11 @@ def _rewrite(state: State, merged: tuple[str, ...]) -> None:
             state.originals.setdefault(path, _get(state.model, path))
             now = state.originals[path]
             tensor = tensor.to(now.dtype)
-            _put(state.model, path, nn.Parameter(tensor, requires_grad=False) if isinstance(now, nn.Parameter) else tensor)
+            _put(
+                state.model,
+                path,
+                nn.Parameter(tensor, requires_grad=False) if isinstance(now, nn.Parameter) else tensor,
+            )
         if not state.originals:
             _tie_again(state)
         state.merged = merged
@@ -138,7 +147,10 @@ def _untie(state: State, paths: list[str]) -> None:
     for other, parameter in state.model.named_parameters(remove_duplicate=False):
         path = changed.get(id(parameter))
         if path is not None and other not in paths and _home(state.model, path)[0] is not _home(state.model, other)[0]:
-            warnings.warn(f"{path} is tied to {other}: merging gives it a weight of its own, and {other} stays as it was", stacklevel=5)
+            warnings.warn(
+                f"{path} is tied to {other}: merging gives it a weight of its own, and {other} stays as it was",
+                stacklevel=5,
+            )
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False  # type: ignore[union-attr]
                 state.untied = True

@@ -1,4 +1,4 @@
-"""The contracts beside Delta: Method (how a ΔW is parameterised), Init (where it starts), Callback (what happens around a step)."""
+"""The contracts beside Delta: Method (how a ΔW is parameterised), Init (its start), Callback (around a step)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar

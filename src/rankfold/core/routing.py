@@ -1,15 +1,18 @@
 """Which adapter a forward uses: the state one adapted model shares with all its adapted layers."""
 
 import copy
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+=@-]{0,127}")
 
 
 class Rows:
@@ -43,7 +46,9 @@ class Rows:
             )
         return repeat
 
-    def apart(self, one: Callable[..., Tensor], choices: Sequence[Any], where: str, *args: Any, **kwargs: Any) -> Tensor:
+    def apart(
+        self, one: Callable[..., Tensor], choices: Sequence[Any], where: str, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """`one(choice, *args)` for the rows of each distinct adapter, put together again in the batch's order.
 
         Arguments with as many rows as the first are cut to the group's rows; others go to every group whole.
@@ -89,7 +94,7 @@ class State:
     must each call it inside `using`.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: nn.Module):
         self.model = model
         self.adapters: dict[str, Any] = {}
         self.active: str | None = None
@@ -155,3 +160,37 @@ class State:
         new = memo[id(self)] = State.__new__(State)
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return new
+
+
+def check_new_name(name: str, state: State | None) -> None:
+    """Refuse an adapter name that is malformed or taken."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise RankfoldError(
+            f"adapter name {name!r}: use 1 to 128 letters, digits or _ + = @ -, starting with a letter, digit or _"
+        )
+    if state is not None and name in state.adapters:
+        raise RankfoldError(
+            f"an adapter called {name!r} is attached already (attached are: {', '.join(state.adapters)}); "
+            "choose another name or detach it"
+        )
+
+
+def state_of(model: nn.Module) -> State:
+    """The adapters' state of a model, also through wrappers (`torch.compile`, DDP, Accelerate). Raises without one."""
+    state = find_state(model)
+    if state is None:
+        raise RankfoldError(
+            f"no adapter is attached to this {type(model).__name__}: call rankfold.attach or rankfold.load first"
+        )
+    return state
+
+
+def find_state(model: nn.Module) -> State | None:
+    for _ in range(8):
+        if "_rankfold_state" in model.__dict__:
+            return model.__dict__["_rankfold_state"]
+        inner = model._modules.get("_orig_mod") or model._modules.get("module")
+        if inner is None:
+            return None
+        model = inner
+    return None

@@ -13,7 +13,9 @@ from rankfold.errors import RankfoldError
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
 WORDS = ("all-linear", "attention", "mlp", "biases")
 _HEADS = {"lm_head", "embed_out", "head", "classifier", "score", "qa_outputs", "output_projection"}
-_ATTENTION = re.compile(r"(^|[._])(self_?attn|attn|attention|selfattention|encdecattention|crossattention)([._]|$)", re.IGNORECASE)
+_ATTENTION = re.compile(
+    r"(^|[._])(self_?attn|attn|attention|selfattention|encdecattention|crossattention)([._]|$)", re.IGNORECASE
+)
 
 
 class Target:
@@ -49,7 +51,9 @@ def find(model: nn.Module, targets: Targets) -> list[Target]:
             if matches(site.name, module):
                 chosen.append(Target(site, mixin, name, module))
     if not chosen:
-        leaves = sorted({name.rsplit(".", 1)[-1] for name, module in everything if name and kind_of(module) is not None})
+        leaves = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in everything if name and kind_of(module) is not None}
+        )
         what = f"; it matches only {', '.join(unsupported[:5])}, which no delta can sit on" if unsupported else ""
         raise RankfoldError(
             f"targets={targets!r} matches no layer of {type(model).__name__} that can be adapted{what}. "
@@ -78,11 +82,15 @@ def _matcher(model: nn.Module, targets: Targets) -> Callable[[str, nn.Module], b
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise RankfoldError(f"targets={targets!r} is neither one of {', '.join(WORDS)} nor a regular expression: {error}") from None
+            raise RankfoldError(
+                f"targets={targets!r} is neither one of {', '.join(WORDS)} nor a regular expression: {error}"
+            ) from None
         return lambda name, module: pattern.fullmatch(name) is not None
     suffixes = list(targets)
     if not suffixes or not all(isinstance(suffix, str) for suffix in suffixes):
-        raise RankfoldError(f"targets={targets!r}: give a word, a regular expression, a callable or a list of name suffixes")
+        raise RankfoldError(
+            f"targets={targets!r}: give a word, a regular expression, a callable or a list of name suffixes"
+        )
     return lambda name, module: any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
 
 

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
 
 from rankfold.train.data import Prepared, class_names, prepare
 from rankfold.train.display import Display
 from rankfold.train.models import load_model
+from rankfold.train.processes import processes
 from rankfold.train.recipe import Recipe
 from rankfold.train.rows import read_split
 
@@ -26,7 +26,7 @@ class Inputs:
 
 def load_inputs(recipe: Recipe, display: Display) -> Inputs:
     """Load what the recipe names. Raises RankfoldError, naming the key, where something is missing or does not fit."""
-    first = PartialState().main_process_first  # it fills the caches (data sets, converted models) that the others read
+    first = processes().main_process_first  # it fills the caches (data sets, converted models) that the others read
     with display.phase("reading the data"), first():
         rows = read_split(recipe.data, recipe.seed)
         labels = class_names(recipe.data, *rows) if recipe.task.endswith("classification") else None

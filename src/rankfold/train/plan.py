@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 
 import rankfold
 from rankfold.core.component import components
 from rankfold.errors import RankfoldError
+from rankfold.train.processes import processes
 from rankfold.train.recipe import Component, Optimizer, Recipe
 from rankfold.train.watch import default_interval
 
@@ -76,7 +76,7 @@ def training_arguments(
     recipe: Recipe, folder: Path, steps: int | None, resumed: bool
 ) -> transformers.TrainingArguments:
     """What `transformers.Trainer` is told; checkpoints go to `folder`."""
-    on_cpu = PartialState().device.type == "cpu"
+    on_cpu = processes().device.type == "cpu"
     if on_cpu and recipe.precision == "fp16":
         raise RankfoldError("precision: fp16 needs an accelerator; on a CPU use float32 or bf16")
     count_tokens = recipe.task != "image-classification"

@@ -140,6 +140,7 @@ def markdown(recipe: Recipe, report: Report) -> str:
         rows.append(("Accuracy", f"{before['accuracy']:.1%}", f"{after['accuracy']:.1%}", f"{points:+.1f} points"))
     unit = "rows" if "accuracy" in after else "tokens"
     share = report.parameters / report.model_parameters
+    head = f", its {', '.join(recipe.modules_to_save)} still untrained" if recipe.modules_to_save else ""
     tokens = f"{report.tokens:,} tokens, " if report.tokens else ""
     dropped = f", {report.dropped_rows:,} left out (no answer within `data.max_length`)" if report.dropped_rows else ""
     rows_used = f"{report.train_rows:,} rows trained on, {report.held_out_rows:,} held out{dropped}"
@@ -158,7 +159,7 @@ def markdown(recipe: Recipe, report: Report) -> str:
     parts = [
         f"# {_title(recipe)}",
         _table(("Held out", "Before", "After", "Change"), rows),
-        f"Measured on {int(after['count']):,} held-out {unit} that were never trained on. *Before* is the base model.",
+        f"Measured on {after['count']:,} held-out {unit} that were never trained on. *Before* is the base model{head}.",
         "![Training and held-out loss](loss.png)",
         _table(("", ""), facts),
     ]

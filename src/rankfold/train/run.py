@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -16,6 +16,7 @@ from rankfold.train.display import Display
 from rankfold.train.errors import TrainingInterruptedError
 from rankfold.train.inputs import Inputs, load_inputs
 from rankfold.train.plan import Parts, build_parts, optimizer_class, training_arguments
+from rankfold.train.processes import processes
 from rankfold.train.recipe import Recipe
 from rankfold.train.recipe_file import read_recipe, write_recipe
 from rankfold.train.report import Report, make_report, write_report
@@ -48,14 +49,14 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, display: 
         TrainingStoppedError: the loss is not finite, or the adapter gets no gradient.
         TrainingInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    output, display = Path(output), display or Display()
-    main = PartialState().is_main_process
+    output, main = Path(output), processes().is_main_process
+    display = display if display is not None and main else Display()
     parts = build_parts(recipe)
     optimizer_class(recipe.optimizer)
     check_schedule(recipe.schedule, recipe.budget)
     if main:
         _claim(output, recipe, resume)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     checkpoint = _last_checkpoint(output) if resume else None
 
     set_seed(recipe.seed)
@@ -63,21 +64,22 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, display: 
     recipe = inputs.recipe
     if main:
         write_whole(output / "recipe.yaml", write_recipe(recipe))
+        rewind_metrics(output / "metrics.jsonl", -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
     with display.phase("attaching the adapter"):
         adapter = _attach(inputs, parts, checkpoint)
     trainer, progress, interrupt = _trainer(inputs, parts, adapter, output, checkpoint, display)
-    if checkpoint is not None and main:
-        rewind_metrics(output / "metrics.jsonl", int(checkpoint.name.rpartition("-")[2]))
     _run(trainer, progress, interrupt, checkpoint, display)
     trainer.save_model(str(output / ADAPTER))
-    metrics = read_metrics(output / "metrics.jsonl")
-    answers = []
-    if main and not trainer.is_fsdp_enabled:  # a sharded model can only generate with every process taking part
-        with display.phase("answering samples"):
-            answers = answer_samples(inputs, adapter.name)
-    report = make_report(inputs, adapter, progress, metrics, answers, trainer.args)
+    found: list[Report | None] = [None]
     if main:
-        write_report(output, recipe, report, metrics)
+        answers = []
+        if not trainer.is_fsdp_enabled:  # a sharded model can only generate with every process taking part
+            with display.phase("answering samples"):
+                answers = answer_samples(inputs, adapter.name)
+        metrics = read_metrics(output / "metrics.jsonl")
+        found[0] = make_report(inputs, adapter, progress, metrics, answers, trainer.args)
+        write_report(output, recipe, found[0], metrics)
+    (report,) = broadcast_object_list(found)
     return report
 
 
@@ -146,7 +148,7 @@ def _trainer(
     inputs: Inputs, parts: Parts, adapter: rankfold.Adapter, output: Path, checkpoint: Path | None, display: Display
 ) -> tuple[AdapterTrainer, Progress, Interrupt]:
     recipe, data = inputs.recipe, inputs.data
-    rows_per_step = recipe.batch.size * PartialState().num_processes * recipe.batch.accumulate
+    rows_per_step = recipe.batch.size * processes().num_processes * recipe.batch.accumulate
     steps = total_steps(recipe.budget, math.ceil(len(data.train) / rows_per_step))
     progress, interrupt = Progress(recipe.budget, steps), Interrupt()
     watchers = [Metrics(output / "metrics.jsonl", progress), BudgetWatch(progress), interrupt]

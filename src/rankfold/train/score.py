@@ -4,13 +4,13 @@ import contextlib
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch.utils.data import DataLoader
 
 import rankfold
 from rankfold.train.display import Display
 from rankfold.train.evaluate import Score, evaluate
 from rankfold.train.inputs import load_inputs
+from rankfold.train.processes import processes
 from rankfold.train.recipe import Recipe
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,7 +19,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def score(recipe: Recipe, adapter: Path | None, display: Display) -> dict[str, Score]:
     """`{"base": Score}`, and `"adapter"` beside it where a folder is given; on an accelerator where there is one."""
     inputs = load_inputs(recipe, display)
-    device = PartialState().device
+    device = processes().device
     model = inputs.model.to(device)
     batches = DataLoader(
         inputs.data.held_out,  # type: ignore[arg-type]

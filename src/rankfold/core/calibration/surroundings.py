@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import nn
 
+from rankfold.core.routing import find_state
+
 
 @contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """The plain base, in eval mode, with nothing that requires a gradient; afterwards all as it was."""
-    from rankfold.core.adapter import _find_state
-
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     # bitsandbytes repacks 4-bit weights for inference on some CPUs, where they then pass no gradient.
     repacking = [module for module in model.modules() if module.__dict__.get("support_avx512bf16_for_cpu")]
-    state = _find_state(model)
+    state = find_state(model)
     with contextlib.nullcontext() if state is None else state.using(None):
         try:
             for module in repacking:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.core.adapter import Adapter, _find_state, build_adapter, check_finite, state_of
+from rankfold.core.adapter import Adapter, check_finite
+from rankfold.core.attach import build_adapter
 from rankfold.core.checkpoint import _HUB_ID, _apart, _find, _unwrapped
 from rankfold.core.delta import Site
 from rankfold.core.files import open_inside, parse_json, write_whole
@@ -22,6 +23,7 @@ from rankfold.core.layers import AdaptedConv1D, AdaptedExperts, AdaptedLinear, k
 from rankfold.core.peft._config import check
 from rankfold.core.peft._formats import OPTIONS, WRITTEN, Format, format_of
 from rankfold.core.peft._names import Names, name_list, name_pattern
+from rankfold.core.routing import find_state, state_of
 from rankfold.core.targets import Target, _inside_adapter
 from rankfold.core.tensorfile import Entry, TensorFile, _read_exactly
 from rankfold.errors import AdapterFileError, RankfoldError, UnsupportedError
@@ -196,7 +198,7 @@ def import_peft(model: nn.Module, path: str | Path, name: str | None = None, *, 
         raise AdapterFileError(f"{folder} holds no {TENSORS}{_pickled(folder)}") from None
     with handle:
         file = TensorFile(handle, str(folder / TENSORS))
-        state = _find_state(model)
+        state = find_state(model)
         root = _unwrapped(model) if state is None else state.model
         try:
             return _Reader(root, format, options, names, file, str(folder / TENSORS)).attach(name or "default", active)
