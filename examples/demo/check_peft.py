@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers.utils import logging
 
 import rankfold
 from rankfold.train.models import load_model
@@ -21,6 +22,7 @@ QUESTIONS = 8
 
 @torch.no_grad()
 def main(run: Path) -> int:
+    logging.disable_progress_bar()
     recipe = read_recipe(run / "recipe.yaml")
     _, held_out = read_split(recipe.data, recipe.seed)
     loaded = load_model(recipe.model, recipe.task)

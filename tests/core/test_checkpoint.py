@@ -56,7 +56,7 @@ def plant(model: nn.Module) -> dict[str, object]:
         "classes": [type(module) for module in model.modules()],
         "names": [name for name, _ in model.named_parameters()],
         "flags": [parameter.requires_grad for parameter in model.parameters()],
-        "attached": list(rankfold.core.adapter.adapters(model)),
+        "attached": list(rankfold.adapters(model)),
         "hooks": (len(model._forward_hooks), len(model._forward_pre_hooks)),
     }
 
@@ -183,7 +183,7 @@ def test_a_loaded_adapter_trains_apart_from_others_and_from_its_file(tmp_path: P
         model(input_ids=ids(), labels=ids()).loss.backward()
     optimiser = torch.optim.AdamW(one.parameters(), lr=0.1)
     optimiser.step()
-    saved = rankfold.core.adapter.adapters(model)["default"].state_dict()
+    saved = rankfold.adapters(model)["default"].state_dict()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in two.state_dict().items())
     assert not any(torch.equal(tensor, saved[name]) for name, tensor in one.state_dict().items())
     assert (tmp_path / "adapter.safetensors").read_bytes() == before

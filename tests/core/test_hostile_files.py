@@ -457,7 +457,7 @@ def test_a_file_that_changes_while_it_is_read(
 ) -> None:
     from rankfold.core import tensorfile
 
-    real = tensorfile._read_exactly
+    real = tensorfile.read_exactly
     for change, words in ((good[0] + b"more", "changed while"), (good[0][:300], "became shorter")):
         place(tmp_path, *good)
         calls = []
@@ -468,7 +468,7 @@ def test_a_file_that_changes_while_it_is_read(
                 (tmp_path / TENSORS).write_bytes(change)
             return real(handle, length, what)
 
-        monkeypatch.setattr(tensorfile, "_read_exactly", read)
+        monkeypatch.setattr(tensorfile, "read_exactly", read)
         refused(tmp_path, words)
         monkeypatch.undo()
 

@@ -63,8 +63,11 @@ class Adapter:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors of the adapter by name, detached: trained ones and the frozen ones that no seed gives back."""
-        return {name: tensor.detach() for name, tensor in self.named_tensors()}
+        """All tensors of the adapter by name, detached: trained ones and the frozen ones that no seed gives back.
+
+        Tensors that FSDP sharded are put together, which every process has to take part in.
+        """
+        return {name: _whole(tensor.detach()) for name, tensor in self.named_tensors()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -89,6 +92,10 @@ class Adapter:
         extra = f" and {', '.join(self.modules)} in full" if self.modules else ""
         size = f"{len(self.deltas)} sites{extra}, {self.num_parameters():,} parameters"
         return f"Adapter({self.name!r}, {self.method!r}, {size})"
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def check_tensors(

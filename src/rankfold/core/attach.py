@@ -285,7 +285,7 @@ def _modules_in_full(model: nn.Module, suffixes: Sequence[str], matched: list[Ta
         here = {
             path: module
             for path, module in model.named_modules()
-            if (path == suffix or path.endswith("." + suffix)) and not target_module._inside_adapter(path)
+            if (path == suffix or path.endswith("." + suffix)) and not target_module.inside_adapter(path)
         }
         if not here:
             last = sorted({path.rsplit(".", 1)[-1] for path, _ in model.named_modules() if path})

@@ -6,88 +6,33 @@ whether they belong together. Everything read from a file is checked before it i
 """
 
 import json
-import re
-import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
 from torch import Tensor, nn
 
-import rankfold
 from rankfold.core import fingerprint
 from rankfold.core.adapter import Adapter, check_finite, check_layout
 from rankfold.core.attach import build_adapter, fold_offset
 from rankfold.core.component import Component, build
 from rankfold.core.delta import Site
-from rankfold.core.files import MAX_JSON, open_inside, parse_json, write_whole
+from rankfold.core.document import DOCUMENT, TENSORS, Base, Document, SiteRecord, as_text, describe, read_document
+from rankfold.core.files import MAX_JSON, adapter_folder, open_inside, write_whole
 from rankfold.core.layers import kind_of
 from rankfold.core.method import Init, Method
-from rankfold.core.routing import NAME, find_state, state_of
+from rankfold.core.routing import find_state, state_of, unwrapped
 from rankfold.core.seeded import Bases
-from rankfold.core.targets import Target, _inside_adapter
-from rankfold.core.tensorfile import Entry, TensorFile, digest
+from rankfold.core.targets import Target, inside_adapter, submodule
+from rankfold.core.tensorfile import Entry, TensorFile, apart
 from rankfold.errors import AdapterFileError, RankfoldError, UnsupportedError
 
-FORMAT = 1
-TENSORS, DOCUMENT = "adapter.safetensors", "adapter.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # Relative distances of the sampled base weights: a 16-bit copy is at 0.003, four bits at 0.1, another model at 1.4.
 _NOTABLE, _FOREIGN = 0.02, 0.5
-
-_Described = dict[str, JsonValue]
-_Size = Annotated[int, Field(ge=0, lt=1 << 48)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
-
-
-class SiteRecord(_Strict):
-    """One adapted weight: kind, shape `[*experts, out, in]`, the delta's dtype, the hyperparameters of its own."""
-
-    kind: str
-    shape: Annotated[list[_Size], Field(min_length=2, max_length=3)]
-    dtype: Literal["float64", "float32", "float16", "bfloat16"]
-    method: _Described
-
-
-class Base(_Strict):
-    """The base model: see `fingerprint`."""
-
-    class_: str = Field(alias="class")
-    name_or_path: str
-    parameters: int
-    sample: Annotated[
-        dict[str, Annotated[list[FiniteFloat], Field(max_length=fingerprint.VALUES)]], Field(max_length=64)
-    ]
-
-    def __str__(self) -> str:
-        name = f" {self.name_or_path!r}" if self.name_or_path else ""
-        return f"{self.class_[:80]!r}{name} of {self.parameters:,} parameters"
-
-
-class Document(_Strict):
-    """What `adapter.json` says. `sha256` is over the tensors; `fold` whether the offset was folded into the weights."""
-
-    format: int
-    rankfold: str
-    id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
-    method: _Described
-    init: _Described | None
-    fold: bool
-    targets: str | list[str] | None
-    sites: dict[str, SiteRecord]
-    modules: list[str]
-    base: Base
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -124,9 +69,9 @@ def save(model: nn.Module, path: str | Path, name: str | None = "default") -> Pa
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise RankfoldError(f"{path} is a file; an adapter is saved into a folder")
-    tensors = _apart(adapter.state_dict())
+    tensors = apart(adapter.state_dict())
     check_finite(tensors, f"adapter {name!r} is not saved")
-    text = _text(_describe(adapter, tensors, state.originals))
+    text = as_text(describe(adapter, tensors, state.originals))
     if len(text) > MAX_JSON // 4:
         raise RankfoldError(
             f"{len(adapter.deltas):,} adapted layers need a document of {len(text):,} bytes, more than can be read back"
@@ -140,65 +85,6 @@ def save(model: nn.Module, path: str | Path, name: str | None = "default") -> Pa
     write_whole(path / TENSORS, write)
     write_whole(path / DOCUMENT, text)
     return path
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two at one place in memory (tied weights of a module that is trained in full)."""
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.cpu().contiguous()
-        apart[name] = tensor.clone() if tensor.numel() and tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return apart
-
-
-def _describe(adapter: Adapter, tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> dict[str, Any]:
-    common = adapter.method.describe()
-
-    def own(site: str) -> dict[str, Any]:
-        described = adapter.methods.get(site, adapter.method).describe()
-        return {key: value for key, value in described.items() if value != common.get(key)}
-
-    return {
-        "format": FORMAT,
-        "rankfold": rankfold.__version__,
-        "id": secrets.token_hex(16),
-        "name": adapter.name,
-        "seed": adapter.seed,
-        "method": common,
-        "init": None if adapter.init is None else adapter.init.describe(),
-        "fold": any(delta.is_folded for delta in adapter.deltas.values()),
-        "targets": adapter.targets,
-        "sites": {
-            site.name: {
-                "kind": site.kind,
-                "shape": [*site.batch, site.out, site.in_],
-                "dtype": str(site.dtype).removeprefix("torch."),
-                "method": own(site.name),
-            }
-            for site in adapter.sites
-        },
-        "modules": list(adapter.modules),
-        "base": fingerprint.fingerprint(adapter.model, adapter.sites, originals),
-        "sha256": digest(tensors),
-    }
-
-
-def _text(document: Mapping[str, Any]) -> str:
-    """JSON with a line for each key and each site, for people and for diffs."""
-
-    def line(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-    lines = []
-    for key, value in document.items():
-        if key == "sites":
-            sites = ",\n".join(f"    {line(site)}: {line(record)}" for site, record in value.items())
-            lines.append(f'  "sites": {{\n{sites}\n  }}')
-        else:
-            lines.append(f"  {line(key)}: {line(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 # ---- reading
@@ -216,42 +102,14 @@ def read(path: str | Path) -> AdapterFile:
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Path, TensorFile, Document]]:
     """The folder, its tensor file with the header checked, and the document that belongs to it."""
-    folder = _folder(path)
+    folder = adapter_folder(path, [TENSORS, DOCUMENT], "`rankfold.save`")
     try:
         handle = open_inside(folder, TENSORS)
     except FileNotFoundError:
         raise AdapterFileError(f"{folder} holds no {TENSORS}{_what_else(folder)}") from None
     with handle:
         file = TensorFile(handle, str(folder / TENSORS))
-        yield folder, file, _document(folder, file)
-
-
-def _folder(path: str | Path) -> Path:
-    folder = Path(path)
-    try:
-        if folder.is_dir():
-            return folder
-        if folder.exists():
-            raise AdapterFileError(f"{folder} is a file: give the folder that holds {TENSORS}")
-    except (OSError, ValueError) as error:  # an impossible path: too long, or with a NUL in it
-        if isinstance(error, AdapterFileError):
-            raise
-        raise AdapterFileError(f"{str(path)[:200]!r} is no path: {error}") from None
-    if not _HUB_ID.fullmatch(str(path)):
-        raise AdapterFileError(
-            f"there is no folder {str(path)[:200]!r}: give the folder that `rankfold.save` wrote, or a hub id such as "
-            "'org/name'"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(str(path), allow_patterns=[TENSORS, DOCUMENT]))
-    except Exception as error:  # the hub client raises a dozen types, of its own and of the HTTP library below it
-        reason = str(error).strip().splitlines() or [""]
-        raise AdapterFileError(
-            f"there is no folder {str(path)!r}, and it cannot be downloaded from the Hugging Face Hub: "
-            f"{type(error).__name__}: {reason[0]}"
-        ) from error
+        yield folder, file, read_document(folder, file)
 
 
 def _what_else(folder: Path) -> str:
@@ -260,89 +118,6 @@ def _what_else(folder: Path) -> str:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         return ", but a pickle, which can run any code when it is opened: Rankfold reads safetensors files only"
     return ": give the folder that `rankfold.save` wrote"
-
-
-def _document(folder: Path, file: TensorFile) -> Document:
-    what = f"{folder / TENSORS}: the embedded document"
-    if "rankfold" not in file.metadata:
-        raise AdapterFileError(
-            f"{folder / TENSORS} is a safetensors file, but no adapter of Rankfold: its metadata holds no document"
-        )
-    embedded = file.metadata["rankfold"].encode(errors="surrogatepass")
-    document = _check_document(embedded, what)
-    beside = _read_beside(folder)
-    if beside is None or beside == embedded:
-        return document
-    other = _check_document(beside, str(folder / DOCUMENT))
-    if other.id == document.id and other != document:
-        keys = [key for key in Document.model_fields if getattr(other, key) != getattr(document, key)]
-        raise AdapterFileError(
-            f"{folder / DOCUMENT} was changed after it was saved: it and its copy inside {TENSORS} have one id and "
-            f"differ in {', '.join(keys)}. Delete {DOCUMENT} to load what was saved"
-        )
-    return document  # with another id, the save was cut off after the tensor file, which is whole, or goes on right now
-
-
-def _read_beside(folder: Path) -> bytes | None:
-    try:
-        handle = open_inside(folder, DOCUMENT)
-    except FileNotFoundError:
-        return None
-    with handle:
-        data = b""
-        while len(data) <= MAX_JSON and (part := handle.read(MAX_JSON + 1 - len(data))):
-            data += part
-    if len(data) > MAX_JSON:
-        raise AdapterFileError(
-            f"{folder / DOCUMENT} is larger than {MAX_JSON:,} bytes, more than an adapter's document"
-        )
-    return data
-
-
-def _check_document(data: bytes, what: str) -> Document:
-    parsed = parse_json(data, what)
-    if not isinstance(parsed, dict):
-        raise AdapterFileError(f"{what} is no JSON object")
-    version = parsed.get("format")
-    if type(version) is not int:
-        raise AdapterFileError(
-            f"{what}: 'format' must be a whole number and is {str(version)[:40]!r}: it is no adapter's document"
-        )
-    if version != FORMAT:
-        fix = "upgrade to read it" if version > FORMAT else "no such format was ever written, so the file is damaged"
-        raise AdapterFileError(
-            f"{what} has format {str(version)[:40]}, written by Rankfold {str(parsed.get('rankfold'))[:40]!r}; this is "
-            f"{rankfold.__version__}, which reads format {FORMAT}: {fix}"
-        )
-    try:
-        document = Document.model_validate(parsed)
-    except ValidationError as error:
-        first = error.errors()[0]
-        at = ".".join(map(str, first["loc"]))[:200]
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise AdapterFileError(
-            f"{what}: {at!r}: {first['msg']}{more}; it is damaged or was edited: save or fetch it again"
-        ) from None
-    for path in (*document.sites, *document.modules):
-        if not path.isprintable() or not all(path.split(".")) or _inside_adapter(path) or len(path) > 1000:
-            raise AdapterFileError(f"{what}: {path[:200]!r} is no path of a layer: the file is damaged or hostile")
-    in_full = set(document.modules)
-    if len(in_full) != len(document.modules):
-        raise AdapterFileError(f"{what}: a module is listed twice among the modules: the file is damaged")
-    for path in (*document.sites, *document.modules):
-        parts = path.split(".")
-        above = {".".join(parts[:depth]) for depth in range(1, len(parts))} | (
-            {path} if path in document.sites else set()
-        )
-        if clash := above & in_full:
-            raise AdapterFileError(
-                f"{what}: {min(clash)!r} is held in full and {path!r} in it also: the file is damaged or hostile"
-            )
-    if unknown := [site for site in document.base.sample if site not in document.sites]:
-        raise AdapterFileError(
-            f"{what}: the base is sampled at {unknown[0][:200]!r}, which is none of the sites: the file is damaged"
-        )
-    return document
 
 
 # ---- loading
@@ -380,7 +155,7 @@ def load(
         method = _component(document.method, Method, what)
         init = None if document.init is None else _component(document.init, Init, what)
         state = find_state(model)
-        root = _unwrapped(model) if state is None else state.model
+        root = unwrapped(model) if state is None else state.model
         matched = [_target(root, site, record, document, what, dtype) for site, record in document.sites.items()]
         methods = _own_methods(method, document, what)
         copies = {path: _module(root, path, file.entries, document, what) for path in document.modules}
@@ -445,32 +220,11 @@ def _own_methods(method: Method, document: Document, what: str) -> dict[str, Met
     return methods
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`'s and distributed wrappers, whose names are the ones in the file."""
-    while True:
-        if "_orig_mod" in model._modules:
-            inner = model._modules["_orig_mod"]
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = model.module
-        else:
-            return model
-        assert isinstance(inner, nn.Module)
-        model = inner
-
-
-def _find(model: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at the path, through children only: a file's text never reaches `getattr`."""
-    found: nn.Module | None = model
-    for part in path.split("."):
-        found = None if found is None else found._modules.get(part)
-    return found
-
-
 def _target(
     model: nn.Module, name: str, record: SiteRecord, document: Document, what: str, dtype: torch.dtype | None
 ) -> Target:
     path = name.rpartition(".")[0] if record.kind == "experts" else name
-    layer = _find(model, path) if path else None
+    layer = submodule(model, path) if path else None
     shape = "×".join(map(str, record.shape))
     trained_on = f"it was trained on {document.base}, so load that model"
     mixin = None if layer is None else kind_of(layer)
@@ -497,14 +251,14 @@ def _target(
 
 def _module(model: nn.Module, path: str, entries: Mapping[str, Entry], document: Document, what: str) -> nn.Module:
     """The module that the file holds in full; its tensors are compared before it is copied."""
-    module = _find(model, path)
+    module = submodule(model, path)
     trained_on = f"it was trained on {document.base}, so load that model"
     if module is None:
         raise AdapterFileError(
             f"{what} holds the module {path!r} in full, and this {type(model).__name__} has none there; {trained_on}"
         )
     for name, parameter in module.named_parameters():
-        if _inside_adapter(name):
+        if inside_adapter(name):
             continue
         entry = entries.get(f"modules.{path}.{name}")
         if entry is None or entry.shape != tuple(parameter.shape):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 from rankfold.errors import AdapterFileError
 
 MAX_JSON = 32 << 20  # bytes; some 50,000 adapted layers fit, and parsing it takes bounded memory
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes | str | Callable[[Path], None]) -> Path:
@@ -145,3 +147,34 @@ def _float(digits: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{digits[:40]} is too large for a number")
     return value
+
+
+def adapter_folder(path: str | Path, files: list[str], written_by: str) -> Path:
+    """The folder at `path`, or the one that the Hugging Face Hub's `org/name` was downloaded to (these files only).
+
+    Raises AdapterFileError for anything else; `written_by` says what writes such a folder.
+    """
+    folder = Path(path)
+    try:
+        if folder.is_dir():
+            return folder
+        there = folder.exists()
+    except (OSError, ValueError) as error:  # an impossible path: too long, or with a NUL in it
+        raise AdapterFileError(f"{str(path)[:200]!r} is no path: {error}") from None
+    if there:
+        raise AdapterFileError(f"{folder} is a file: give the folder that holds {files[0]}")
+    if not _HUB_ID.fullmatch(str(path)):
+        raise AdapterFileError(
+            f"there is no folder {str(path)[:200]!r}: give the one that {written_by} wrote, "
+            "or a hub id such as 'org/name'"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(path), allow_patterns=files))
+    except Exception as error:  # the hub client raises a dozen types, of its own and of the HTTP library below it
+        reason = str(error).strip().splitlines() or [""]
+        raise AdapterFileError(
+            f"there is no folder {str(path)!r}, and it cannot be downloaded from the Hugging Face Hub: "
+            f"{type(error).__name__}: {reason[0]}"
+        ) from error

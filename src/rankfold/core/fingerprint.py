@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rankfold.core.delta import Site
 from rankfold.core.layers import kind_of
 from rankfold.core.quantized import dense, is_plain
-from rankfold.core.targets import _inside_adapter
+from rankfold.core.targets import inside_adapter
 
 SITES = 8
 VALUES = 16
@@ -46,7 +46,7 @@ def about(model: Any) -> dict[str, Any]:
     name = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
     if Path(name).is_absolute() or Path(name).is_dir():
         name = Path(name).name  # where the model lay on the disk of whoever saved the adapter is nobody's business
-    count = sum(parameter.numel() for path, parameter in model.named_parameters() if not _inside_adapter(path))
+    count = sum(parameter.numel() for path, parameter in model.named_parameters() if not inside_adapter(path))
     return {"class": cls.__name__, "name_or_path": name[:200], "parameters": count}
 
 

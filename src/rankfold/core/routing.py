@@ -185,12 +185,19 @@ def state_of(model: nn.Module) -> State:
     return state
 
 
-def find_state(model: nn.Module) -> State | None:
-    for _ in range(8):
-        if "_rankfold_state" in model.__dict__:
-            return model.__dict__["_rankfold_state"]
-        inner = model._modules.get("_orig_mod") or model._modules.get("module")
-        if inner is None:
-            return None
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s and distributed wrappers, whose paths an adapter's sites are."""
+    while True:
+        if "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        else:
+            return model
+        assert isinstance(inner, nn.Module)
         model = inner
-    return None
+
+
+def find_state(model: nn.Module) -> State | None:
+    """The adapters' state of a model or of what it wraps; None if no adapter was ever attached."""
+    return unwrapped(model).__dict__.get("_rankfold_state")

@@ -37,7 +37,7 @@ def find(model: nn.Module, targets: Targets) -> list[Target]:
     Fused expert weights (3-D parameters) are sites of their own (`...experts.gate_up_proj`) that are matched by name,
     not by the words. Raises RankfoldError where nothing matches, and lists what there is.
     """
-    everything = [(name, module) for name, module in model.named_modules() if not _inside_adapter(name)]
+    everything = [(name, module) for name, module in model.named_modules() if not inside_adapter(name)]
     chosen: list[Target] = []
     unsupported: list[str] = []
     matches = _matcher(model, targets)
@@ -62,7 +62,7 @@ def find(model: nn.Module, targets: Targets) -> list[Target]:
     return chosen
 
 
-def _inside_adapter(name: str) -> bool:
+def inside_adapter(name: str) -> bool:
     return any(part == "deltas" or part.startswith("deltas_") for part in name.split("."))
 
 
@@ -104,6 +104,14 @@ def all_linear(model: Any) -> set[str]:
         for name, module in model.named_modules()
         if kind_of(module) in (AdaptedLinear, AdaptedConv1D)
         and module is not output
-        and not _inside_adapter(name)
+        and not inside_adapter(name)
         and (id(module) in inside if inside is not None else name.rsplit(".", 1)[-1] not in _HEADS)
     }
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at the path, through children only: a file's text never reaches `getattr`."""
+    found: nn.Module | None = model
+    for part in path.split("."):
+        found = None if found is None else found._modules.get(part)
+    return found

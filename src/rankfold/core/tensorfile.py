@@ -60,7 +60,7 @@ class TensorFile:
         length = self._header_length()
         self._start = 8 + length
         self.size = self._found.st_size - self._start
-        header = parse_json(_read_exactly(handle, length, what), f"{what}: the header")
+        header = parse_json(read_exactly(handle, length, what), f"{what}: the header")
         if not isinstance(header, dict):
             raise AdapterFileError(f"{what}: the header is no JSON object: it is no safetensors file")
         self.metadata = self._metadata(header.pop("__metadata__", {}))
@@ -134,7 +134,7 @@ class TensorFile:
     def tensors(self) -> dict[str, Tensor]:
         """Read the data once: CPU tensors by name, all views of one storage. Refuses NaN and infinity."""
         self._handle.seek(self._start)
-        self._data = _read_exactly(self._handle, self.size, self._what)
+        self._data = read_exactly(self._handle, self.size, self._what)
         now = os.fstat(self._handle.fileno())
         if (now.st_size, now.st_mtime_ns) != (self._found.st_size, self._found.st_mtime_ns):
             raise AdapterFileError(f"{self._what} changed while it was read: load it again when nothing writes to it")
@@ -183,7 +183,7 @@ def _digest(described: Iterable[tuple[str, torch.dtype, tuple[int, ...], Any]]) 
     return total.hexdigest()
 
 
-def _read_exactly(handle: BinaryIO, length: int, what: str) -> bytearray:
+def read_exactly(handle: BinaryIO, length: int, what: str) -> bytearray:
     data = bytearray(length)
     rest = memoryview(data)
     while rest:
@@ -196,3 +196,14 @@ def _read_exactly(handle: BinaryIO, length: int, what: str) -> bytearray:
 
 def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 63 for number in value)
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and no two at one place in memory (tied weights of a module that is trained in full)."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        apart[name] = tensor.clone() if tensor.numel() and tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart

@@ -4,15 +4,19 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Subset
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -89,7 +93,8 @@ class AdapterTrainer(transformers.Trainer):
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         techniques = self.techniques if model.training else ()
-        penalties = [penalty for technique in techniques if (penalty := technique.penalty()) is not None]
+        with _unsharded(self.adapter):
+            penalties = [penalty for technique in techniques if (penalty := technique.penalty()) is not None]
         if penalties:
             # A loss that is a mean over the whole accumulated batch is not divided by the number of its parts any
             # more; the penalty, which comes with every part, still has to be.
@@ -172,9 +177,9 @@ class AdapterTrainer(transformers.Trainer):
             partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            rankfold.save(self.model, partial / ADAPTER, name=self.adapter.name)
             parts = {name: part.state() for name, part in self._resumable.items()}
             torch.save({"techniques": [t.on_save() for t in self.techniques], "parts": parts}, partial / STATE)
+        self.save_model(str(partial / ADAPTER))
         self._save_optimizer_and_scheduler(str(partial))
         self._save_scaler(str(partial))
         self._save_rng_state(str(partial))
@@ -186,6 +191,16 @@ class AdapterTrainer(transformers.Trainer):
             partial.rename(final)
             rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer would write the whole sharded model beside the optimiser, and only the adapter has changed.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def restore(self, checkpoint: str | os.PathLike[str]) -> None:
         """Take back what Rankfold's own parts kept in a checkpoint; `train(resume_from_checkpoint=...)` does it too."""
@@ -203,7 +218,10 @@ class AdapterTrainer(transformers.Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (not the base model) to `output_dir`."""
         if self.args.should_save:
-            rankfold.save(self.model, output_dir or self.args.output_dir, name=self.adapter.name)
+            rankfold.save(self.adapter.model, output_dir or self.args.output_dir, name=self.adapter.name)
+        elif self.is_fsdp_enabled:  # every process has to take part in putting sharded tensors together
+            with tempfile.TemporaryDirectory() as unused:
+                rankfold.save(self.adapter.model, unused, name=self.adapter.name)
 
 
 class _AroundStep(TrainerCallback):
@@ -224,6 +242,25 @@ class _AroundStep(TrainerCallback):
         if not self.trainer.accelerator.optimizer_step_was_skipped:
             for technique in self.trainer.techniques:
                 technique.after_step(state.global_step)
+
+
+@contextlib.contextmanager
+def _unsharded(adapter: rankfold.Adapter) -> Iterator[None]:
+    """The adapter's parameters as techniques expect them, whole, where FSDP has sharded them; gradients flow back."""
+    sharded = [
+        (module, name, parameter)
+        for delta in adapter.deltas.values()
+        for module in delta.modules()
+        for name, parameter in module._parameters.items()
+        if isinstance(parameter, DTensor)
+    ]
+    try:
+        for module, name, parameter in sharded:
+            module._parameters[name] = parameter.full_tensor()  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, parameter in sharded:
+            module._parameters[name] = parameter
 
 
 def check_alive(adapter: rankfold.Adapter) -> None:

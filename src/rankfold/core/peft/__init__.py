@@ -16,16 +16,15 @@ from torch import Tensor, nn
 
 from rankfold.core.adapter import Adapter, check_finite
 from rankfold.core.attach import build_adapter
-from rankfold.core.checkpoint import _HUB_ID, _apart, _find, _unwrapped
 from rankfold.core.delta import Site
-from rankfold.core.files import open_inside, parse_json, write_whole
+from rankfold.core.files import adapter_folder, open_inside, parse_json, write_whole
 from rankfold.core.layers import AdaptedConv1D, AdaptedExperts, AdaptedLinear, kind_of
 from rankfold.core.peft._config import check
 from rankfold.core.peft._formats import OPTIONS, WRITTEN, Format, format_of
 from rankfold.core.peft._names import Names, name_list, name_pattern
-from rankfold.core.routing import find_state, state_of
-from rankfold.core.targets import Target, _inside_adapter
-from rankfold.core.tensorfile import Entry, TensorFile, _read_exactly
+from rankfold.core.routing import find_state, state_of, unwrapped
+from rankfold.core.targets import Target, inside_adapter, submodule
+from rankfold.core.tensorfile import Entry, TensorFile, apart, read_exactly
 from rankfold.errors import AdapterFileError, RankfoldError, UnsupportedError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -77,7 +76,7 @@ def export_peft(model: nn.Module, path: str | Path, name: str | None = None) -> 
     def write(file: Path) -> None:
         from safetensors.torch import save_file
 
-        save_file(_apart(tensors), file, metadata={"format": "pt"})
+        save_file(apart(tensors), file, metadata={"format": "pt"})
 
     write_whole(path / TENSORS, write)
     write_whole(path / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
@@ -125,8 +124,8 @@ def _path(site: Site, sites: Iterable[Site]) -> str:
 
 def _config(format: Format, adapter: Adapter) -> dict[str, Any]:
     model = adapter.model
-    everything = [path for path, _ in model.named_modules() if path and not _inside_adapter(path)]
-    every_path = [path for path, _ in model.named_modules(remove_duplicate=False) if path and not _inside_adapter(path)]
+    everything = [path for path, _ in model.named_modules() if path and not inside_adapter(path)]
+    every_path = [path for path, _ in model.named_modules(remove_duplicate=False) if path and not inside_adapter(path)]
     experts = [site.name for site in adapter.sites if site.kind == "experts"]
     groups = [[site for site in group if site not in experts] for group in format.groups(adapter)]
     layers = [site for group in groups for site in group]
@@ -188,7 +187,7 @@ def import_peft(model: nn.Module, path: str | Path, name: str | None = None, *, 
 
     The model is unchanged then.
     """
-    folder = _folder(path)
+    folder = adapter_folder(path, [TENSORS, CONFIG], "PEFT's save_pretrained")
     what = str(folder / CONFIG)
     options = check(parse_json(_read(folder / CONFIG), what), OPTIONS, what)
     format, names = format_of(options), Names(options.model_dump())
@@ -199,34 +198,11 @@ def import_peft(model: nn.Module, path: str | Path, name: str | None = None, *, 
     with handle:
         file = TensorFile(handle, str(folder / TENSORS))
         state = find_state(model)
-        root = _unwrapped(model) if state is None else state.model
+        root = unwrapped(model) if state is None else state.model
         try:
             return _Reader(root, format, options, names, file, str(folder / TENSORS)).attach(name or "default", active)
         except UnsupportedError as error:
             raise UnsupportedError(f"{folder}: {error}") from error
-
-
-def _folder(path: str | Path) -> Path:
-    folder = Path(path)
-    try:
-        if folder.is_dir():
-            return folder
-        there = folder.exists()
-    except (OSError, ValueError) as error:  # an impossible path: too long, or with a NUL in it
-        raise AdapterFileError(f"{str(path)[:200]!r} is no path: {error}") from None
-    if there or not _HUB_ID.fullmatch(str(path)):
-        raise AdapterFileError(
-            f"{str(path)!r} is no folder: give the one that PEFT's save_pretrained wrote, or a hub id like 'org/name'"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(str(path), allow_patterns=[TENSORS, CONFIG]))
-    except Exception as error:  # the hub client raises a dozen types, of its own and of the HTTP library below it
-        reason = str(error).strip().splitlines() or [""]
-        raise AdapterFileError(
-            f"{str(path)!r} is no folder, and cannot be downloaded from the hub: {type(error).__name__}: {reason[0]}"
-        ) from error
 
 
 def _read(path: Path) -> bytes:
@@ -240,7 +216,7 @@ def _read(path: Path) -> bytes:
         size = os.fstat(handle.fileno()).st_size
         if size > _MAX_CONFIG:
             raise AdapterFileError(f"{path} has {size:,} bytes, more than any configuration of an adapter")
-        return bytes(_read_exactly(handle, size, str(path)))
+        return bytes(read_exactly(handle, size, str(path)))
 
 
 def _pickled(folder: Path) -> str:
@@ -336,7 +312,7 @@ class _Reader:
         matched: dict[str, Target] = {}
         linear = []
         for path, layer in self.model.named_modules():
-            mixin = kind_of(layer) if path and not _inside_adapter(path) else None
+            mixin = kind_of(layer) if path and not inside_adapter(path) else None
             if mixin in (AdaptedLinear, AdaptedConv1D):
                 linear.append(path)
             if mixin is AdaptedExperts:
@@ -369,7 +345,7 @@ class _Reader:
         return {each: Target(site, AdaptedExperts, path, layer) for each, site in pairs}
 
     def _no_place(self, path: str) -> str:
-        found = _find(self.model, path)
+        found = submodule(self.model, path)
         why = "there is no such module" if found is None else f"no delta can sit on a {type(found).__name__}"
         base = self.options.base_model_name_or_path
         made_for = f"; the adapter was made for {base!r}" if base else ""
@@ -379,7 +355,7 @@ class _Reader:
         """The modules that the file holds in full."""
         copies = {}
         for path, module in self.model.named_modules():
-            inside = _inside_adapter(path) or any(path.startswith(f"{outer}.") for outer in copies)
+            inside = inside_adapter(path) or any(path.startswith(f"{outer}.") for outer in copies)
             if self.names.saves(path) and not inside:
                 copies[path] = module
         return copies

@@ -1,0 +1,62 @@
+"""Two processes: data parallel and sharded, against one process with the whole batch."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rankfold.train import train
+from rankfold.train.recipe_file import validate, write_recipe
+from rankfold.train.watch import read_metrics
+from tests.train import tiny
+
+pytestmark = pytest.mark.slow
+
+
+def launch(module: str, recipe: Path, output: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", module]
+    subprocess.run(
+        [*command, "train", str(recipe), "--output", str(output), *options, "--debug"], check=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path, questions: Path) -> tuple[Path, Path]:
+    """A run of one process, and the recipe that gives two processes half of its batch each."""
+    place = tmp_path_factory.mktemp("alone")
+    values: dict[str, Any] = tiny.recipe_values(
+        llama_dir, questions, method={"name": "lora", "rank": 4}, checkpoint={"steps": 2}, callbacks=["orthogonality"]
+    )
+    train(validate({**values, "batch": {"size": 8}}), place / "run")
+    recipe = place / "recipe.yaml"
+    recipe.write_text(write_recipe(validate({**values, "batch": {"size": 4}})))
+    return place / "run", recipe
+
+
+@pytest.mark.parametrize("module", ["rankfold", "tests.train.sharded"], ids=["ddp", "fsdp"])
+def test_two_processes_train_as_one(module: str, alone: tuple[Path, Path], tmp_path: Path) -> None:
+    run, recipe = alone
+    launch(module, recipe, tmp_path / "two")
+    ours, theirs = (read_metrics(path / "metrics.jsonl") for path in (run, tmp_path / "two"))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for one, two in zip(ours, theirs, strict=True):
+        for figure in ("held_out_loss", "held_out_count", "loss", "grad_norm", "tokens"):
+            assert one.get(figure) == pytest.approx(two.get(figure), rel=1e-4), (one["step"], figure)
+    whole = load_file(run / "adapter" / "adapter.safetensors")
+    for name, tensor in load_file(tmp_path / "two" / "adapter" / "adapter.safetensors").items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("module", ["rankfold", "tests.train.sharded"], ids=["ddp", "fsdp"])
+def test_two_processes_go_on_where_they_stopped(module: str, alone: tuple[Path, Path], tmp_path: Path) -> None:
+    launch(module, alone[1], tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "checkpoint-6")
+    launch(module, alone[1], tmp_path / "stopped", "--resume")
+    whole, stopped = (load_file(tmp_path / n / "adapter" / "adapter.safetensors") for n in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
