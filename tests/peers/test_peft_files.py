@@ -754,7 +754,7 @@ def test_a_pickle_is_refused_and_says_how_to_convert_it(good: Path, tmp_path: Pa
 def test_places_that_hold_no_adapter(good: Path, tmp_path: Path) -> None:
     refused(tmp_path, "adapter_config.json", error=rankfold.AdapterFileError)
     refused(tmp_path / "nowhere" / "at" / "all", "no folder", error=rankfold.AdapterFileError)
-    refused(good / "adapter_config.json", "no folder", error=rankfold.AdapterFileError)
+    refused(good / "adapter_config.json", "is a file", error=rankfold.AdapterFileError)
     refused(Path("x" * 5000), "no path|no folder", error=rankfold.AdapterFileError)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "adapter_config.json").symlink_to(good / "adapter_config.json")
