@@ -147,6 +147,9 @@ def test_a_classifier_is_merged_with_its_recipe(tmp_path: Path, capfd: pytest.Ca
     assert run(capfd, "train", tmp_path / "recipe.yaml", "--output", tmp_path / "run")[0] == 0
     base = ("--model", tmp_path / "bert", "--adapter", tmp_path / "run" / "adapter")
     recipe = ("--recipe", tmp_path / "run" / "recipe.yaml")
+    scores = json.loads(run(capfd, "eval", tmp_path / "run", "--json")[1])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert scores["adapter"] == pytest.approx(report["after"], rel=1e-6)
     assert run(capfd, "merge", *base, *recipe, "--output", tmp_path / "merged")[0] == 0
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert merged.config.id2label == {0: "high", 1: "low"}

@@ -145,7 +145,8 @@ def test_chat_trains_on_the_assistant_alone(tmp_path: Path) -> None:
     prepared = prepare(spec(path, "chat"))
     whole = "<|system|>S<eos><|user|>a<eos><|assistant|>B<eos><|user|>c<eos><|assistant|>D<eos>"
     assert texts(prepared.train[0]) == (whole, "B<eos>D<eos>")
-    assert (prepared.samples[0].prompt, prepared.samples[0].answer) == (whole[: -len("D<eos>")], "D")
+    sample = prepared.samples[0]
+    assert (sample.prompt, sample.shown, sample.answer) == (whole[: -len("D<eos>")], "c", "D")
     assert texts(prepare(spec(path, "chat", train_on="all")).train[0]) == (whole, whole)
 
 

@@ -217,7 +217,7 @@ def test_chat_with_an_init_from_data_and_checkpointing(tmp_path: Path, llama_dir
     values["data"]["format"] = "chat"
     report = run(tmp_path / "run", values)
     assert report.after["loss"] < report.before["loss"]
-    assert report.samples[0].prompt.startswith("<|user|>")
+    assert report.samples[0].prompt.endswith("?")
 
 
 def test_sequence_classification_trains_its_new_head(tmp_path: Path, bert_dir: Path, questions: Path) -> None:
@@ -274,6 +274,7 @@ def test_plain_text(tmp_path: Path, llama_dir: Path, questions: Path) -> None:
         ({"optimizer": {"name": "sgd", "beta": 1}}, "optimizer.beta: SGD has no such argument; it has: .*momentum"),
         ({"optimizer": {"name": "sgd", "momentum": -1}}, "optimizer: SGD refuses its arguments: .*momentum"),
         ({"schedule": {"name": "linnear"}}, "schedule.name: there is no 'linnear'"),
+        ({"log": {"report_to": ["my-tracker"]}}, "log.report_to: my-tracker is unknown or not installed"),
         ({"precision": "fp16"}, "precision: fp16 needs an accelerator"),
         ({"model": "missing/model.gguf"}, "model.path: no such file or directory"),
         ({"model": "no-such/model"}, "model.path: cannot load no-such/model"),

@@ -54,14 +54,11 @@ def test_a_schedule_over_tokens_follows_the_tokens() -> None:
     ]
 
 
-def test_a_schedule_over_time_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0] + [115.0] * 3)
-    monkeypatch.setattr(module, "monotonic", lambda: next(clock))
+def test_a_schedule_over_time_follows_the_clock() -> None:
     progress = Progress(Budget(minutes=1), None)
-    progress.start()
     progress.resume({"step": 3, "tokens": 5, "seconds": 15})
-    assert progress.share == 0.5
-    assert rates(Schedule(name="linear"), progress, [4]) == [0.5]
+    assert progress.share == 0.25
+    assert rates(Schedule(name="linear"), progress, [30, 60], "elapsed") == [0.5, 0.0]
 
 
 def test_the_part_nearest_its_end_counts() -> None:

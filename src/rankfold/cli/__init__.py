@@ -61,8 +61,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("rankfold"):
         return f"this command needs {error.name}, which is not installed; try: pip install 'rankfold[train]'", 2
-    if hasattr(error, "format_message"):  # a wrong option or argument (typer's own kind of error is not public)
-        return f"{error.format_message().rstrip('.')} (see rankfold --help)", 2
+    format_message = getattr(error, "format_message", None)
+    if format_message is not None:  # a wrong option or argument (typer's own kind of error is not public)
+        return f"{format_message().rstrip('.')} (see rankfold --help)", 2
     return f"unexpected {type(error).__name__}: {error} (add --debug for the traceback)", 1
 
 

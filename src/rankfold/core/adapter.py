@@ -94,7 +94,8 @@ class Adapter:
         return f"Adapter({self.name!r}, {self.method!r}, {size})"
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _whole(tensor: Any) -> Tensor:
+    """The tensor, put together again where FSDP sharded it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

@@ -480,7 +480,7 @@ def adapted_class(mixin: type[Adapted], plain: type[nn.Module], experts: tuple[s
     """
     properties = {name: property(functools.partial(AdaptedExperts.expert_weight, parameter=name)) for name in experts}
     members = {"__module__": plain.__module__, "_plain": plain, "_made_from": (mixin, plain, experts), **properties}
-    return type(f"Adapted{plain.__name__}", (mixin, plain), members)
+    return type(f"Adapted{plain.__name__}", (mixin, plain), members)  # type: ignore[call-overload]
 
 
 def _rebuild(mixin: type[Adapted], plain: type[nn.Module], experts: tuple[str, ...]) -> Any:
@@ -513,7 +513,8 @@ def adapt_layer(layer: Any, mixin: type[Adapted], sites: list[Site], state: Stat
 def restore_layer(layer: Any) -> None:
     """Give the layer its own class back if it holds no delta any more."""
     containers = [name for name, module in layer._modules.items() if isinstance(module, Deltas)]
-    if isinstance(layer, Adapted) and not any(layer._modules[name]._modules for name in containers):
+    in_use = any(layer._modules[name]._modules for name in containers)
+    if "_rankfold" in layer.__dict__ and not in_use:
         for name in containers:
             del layer._modules[name]
         _change_class(layer, layer._plain)

@@ -109,9 +109,9 @@ class _LowRankLinear(Function):
             gh, gA, gB = _thin_gradients(gy, x, A, B, h, ctx.scale, need_x, need_A, need_B)
             gx = gweight = None
             if need_x:
-                gx = _accumulate(gy @ weight.to(gy.dtype), gh, A).view(*lead, A.shape[-1])
+                gx = _accumulate(gy @ weight.to(gy.dtype), gh, A).view(*lead, A.shape[-1])  # type: ignore[arg-type]
             if need_weight:
-                gweight = gy.mT @ x
+                gweight = gy.mT @ x  # type: ignore[operator]
             return gx, gweight, gy.sum(0) if need_bias else None, gA, gB, None
 
 
@@ -148,7 +148,7 @@ def _thin_gradients(gy, x, A, B, h, scale, need_x, need_A, need_B):
     if need_x or need_A:
         gh = _h(gy, B.mT, scale)  # the same product, backwards
     if need_A:
-        gA = _thin(x.mT, gh).mT
+        gA = _thin(x.mT, gh).mT  # type: ignore[arg-type]
     return gh, gA, _thin(gy.mT, h) if need_B else None
 
 

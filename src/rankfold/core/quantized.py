@@ -30,7 +30,7 @@ def dense(weight: Tensor, layer: Any = None) -> Tensor:
     if is_plain(weight):
         return weight
     if hasattr(weight, "full_tensor"):  # sharded by FSDP: every process has to take part
-        return dense(weight.full_tensor(), layer)
+        return dense(weight.full_tensor(), layer)  # type: ignore[attr-defined]
     if (state := _state_4bit(weight, layer)) is not None:
         from bitsandbytes import functional
 

@@ -15,11 +15,13 @@ from rankfold.train.recipe import Data, Recipe
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out row to show before and after: `prompt` is what the model sees, `answer` what the data says."""
+    """One held-out row to show before and after: `prompt` is what the model sees, `shown` what a reader sees of it,
+    `answer` what the data says, `index` the number of the row."""
 
     prompt: str
+    shown: str
     answer: str
-    index: int  # of the held-out row
+    index: int
 
 
 @dataclass(frozen=True)
@@ -142,19 +144,22 @@ def _samples(
     )
 
 
-def _shown(row: encode.Row, data: Data, tokenizer: Any, read: dict[str, encode.Field]) -> tuple[str, str]:
-    """What the model sees of a row, and the answer that the data gives."""
+def _shown(row: encode.Row, data: Data, tokenizer: Any, read: dict[str, encode.Field]) -> tuple[str, str, str]:
+    """What the model sees of a row, what a reader sees, and the answer that the data gives."""
     if data.format == "chat":
         messages = encode.turns(row, read)
         last = max((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
-        return encode.chat_text(tokenizer, messages[:last], add_generation_prompt=True), messages[last]["content"]
+        prompt = encode.chat_text(tokenizer, messages[:last], add_generation_prompt=True)
+        return prompt, messages[max(last - 1, 0)]["content"], messages[last]["content"]
     if data.format == "text":
         words = str(read["text"](row)).split(" ")
         half = max(1, min(len(words) // 2, 40))
-        return " ".join(words[:half]), " ".join(words[half : half + 40])
-    if data.format == "classification":
-        return str(read["text"](row)), str(read["label"](row))
-    return str(read["prompt"](row)), str(read["completion"](row))
+        prompt, answer = " ".join(words[:half]), " ".join(words[half : half + 40])
+    elif data.format == "classification":
+        prompt, answer = str(read["text"](row)), str(read["label"](row))
+    else:
+        prompt, answer = str(read["prompt"](row)), str(read["completion"](row))
+    return prompt, prompt, answer
 
 
 def _pictures(
@@ -176,7 +181,7 @@ def _pictures(
 
     column = recipe.data.column("label")
     samples = tuple(
-        Sample(f"held-out picture {index}", str(answer), index)
+        Sample("", f"held-out picture {index}", str(answer), index)
         for index, answer in enumerate(held_out[column][: recipe.samples.count])
     )
     return Prepared(train.with_transform(batch), held_out.with_transform(batch), default_data_collator, samples, 0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.integrations import get_available_reporting_integrations
 
 import rankfold
 from rankfold.core.component import components
@@ -79,6 +80,9 @@ def training_arguments(
     on_cpu = processes().device.type == "cpu"
     if on_cpu and recipe.precision == "fp16":
         raise RankfoldError("precision: fp16 needs an accelerator; on a CPU use float32 or bf16")
+    if missing := sorted(set(recipe.log.report_to) - set(get_available_reporting_integrations())):
+        there = ", ".join(get_available_reporting_integrations()) or "none"
+        raise RankfoldError(f"log.report_to: {missing[0]} is unknown or not installed; installed are: {there}")
     count_tokens = recipe.task != "image-classification"
     return transformers.TrainingArguments(
         output_dir=str(folder),

@@ -94,7 +94,7 @@ class Data(Section):
     train_on: Literal["assistant", "all"] = Field("assistant", description="chat only: which turns carry the loss")
     labels: tuple[str, ...] | None = Field(None, min_length=2, description="class names in order, else as found")
     image_size: int = Field(224, gt=0, description="side of the square every picture is resized to, in pixels")
-    held_out: HeldOut = HeldOut()
+    held_out: HeldOut = HeldOut()  # type: ignore[call-arg]
 
     @field_validator("columns")
     @classmethod
@@ -183,7 +183,7 @@ class Recipe(Section):
     targets: str | tuple[str, ...] = Field("all-linear", description="preset, list of suffixes, or regular expression")
     init: Component | None = Field(None, description="where the delta starts, by slug")
     fold: bool = Field(False, description="fold an init's offset into the base weights while training")
-    calibration: Calibration = Calibration()
+    calibration: Calibration = Calibration()  # type: ignore[call-arg]
     overrides: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="hyperparameters for the targets that match a pattern"
     )
@@ -192,17 +192,17 @@ class Recipe(Section):
     )
     callbacks: tuple[Component, ...] = Field((), description="what happens around a step, by slug")
     name: str = Field("default", description="name of the adapter")
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
+    optimizer: Optimizer = Optimizer()  # type: ignore[call-arg]
+    schedule: Schedule = Schedule()  # type: ignore[call-arg]
     budget: Budget
-    batch: Batch = Batch()
+    batch: Batch = Batch()  # type: ignore[call-arg]
     precision: Literal["float32", "bf16", "fp16"] = Field("float32", description="type the forward pass computes in")
     gradient_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
     seed: int = Field(0, ge=0, lt=2**32)
-    log: Log = Log()
-    evaluate: Evaluate = Evaluate()
-    checkpoint: Checkpoint = Checkpoint()
-    samples: Samples = Samples()
+    log: Log = Log()  # type: ignore[call-arg]
+    evaluate: Evaluate = Evaluate()  # type: ignore[call-arg]
+    checkpoint: Checkpoint = Checkpoint()  # type: ignore[call-arg]
+    samples: Samples = Samples()  # type: ignore[call-arg]
 
     @property
     def task(self) -> Task:

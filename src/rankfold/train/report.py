@@ -3,6 +3,7 @@
 import html
 import json
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -164,17 +165,22 @@ def markdown(recipe: Recipe, report: Report) -> str:
         _table(("", ""), facts),
     ]
     if report.samples:
-        shown = [
-            (str(i), *(_cell(text) for text in (s.prompt, s.answer, s.before, s.after)))
-            for i, s in enumerate(report.samples, 1)
-        ]
         parts += [
             "## Samples",
             "Held-out rows, answered greedily by the base model (before) and with the adapter (after).",
-            _table(("#", "Prompt", "Answer in the data", "Before", "After"), shown),
+            *_samples(report.samples, short="accuracy" in after),
         ]
     parts += ["## Recipe", f"```yaml\n{write_recipe(recipe)}```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _samples(samples: Sequence[Answer], short: bool) -> list[str]:
+    """A line a sample where answers are short, else a table a sample, so that long texts get the width of the page."""
+    names = ("Prompt", "Answer in the data", "Before", "After")
+    cells = [[_cell(text) for text in (s.prompt, s.answer, s.before, s.after)] for s in samples]
+    if short:
+        return [_table(("#", *names), [(str(i), *row) for i, row in enumerate(cells, 1)])]
+    return [_table((f"{i}", ""), list(zip(names, row, strict=True))) for i, row in enumerate(cells, 1)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -186,8 +192,7 @@ def _cell(text: str, limit: int = 600) -> str:
     """Any text as the inside of a Markdown table cell."""
     text = text.strip() if len(text) <= limit else text[:limit].strip() + " …"
     text = html.escape(text, quote=False)
-    for sign in "\\`*_[]#$~|":
-        text = text.replace(sign, f"&#{ord(sign)};")
+    text = re.sub(r"[\\`*_\[\]#$~|]", lambda sign: f"&#{ord(sign[0])};", text)
     return "<br>".join(text.splitlines()) or "*(nothing)*"
 
 

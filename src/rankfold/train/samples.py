@@ -14,7 +14,7 @@ from rankfold.train.inputs import Inputs
 
 @dataclass(frozen=True)
 class Answer:
-    """One held-out row: what the model saw, what the data says, what the base said, what the adapted model says."""
+    """One held-out row: what was asked, what the data says, what the base said, what the adapted model says."""
 
     prompt: str
     answer: str
@@ -34,7 +34,7 @@ def answer_samples(inputs: Inputs, adapter: str) -> list[Answer]:
             for name in (None, adapter):
                 with rankfold.using(model, name):
                     said.append(_answer(inputs, sample))
-            answers.append(Answer(sample.prompt, sample.answer, *said))
+            answers.append(Answer(sample.shown, sample.answer, *said))
         return answers
     finally:
         model.train(was_training)

@@ -23,6 +23,7 @@ class Progress:
     steps: int | None
     step: int = 0
     tokens: int = 0
+    elapsed: float = 0.0  # seconds of training at the last step, the same in all processes
     _before: float = 0.0  # seconds of training up to the last stop
     _started: float | None = None
 
@@ -36,7 +37,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time in training, over all processes of a resumed run."""
+        """Wall-clock time in training so far, up to the last stop and since."""
         return self._before + (0.0 if self._started is None else monotonic() - self._started)
 
     @property
@@ -48,7 +49,7 @@ class Progress:
         if self.budget.tokens is not None:
             shares.append(self.tokens / self.budget.tokens)
         if self.budget.minutes is not None:
-            shares.append(self.seconds / (60 * self.budget.minutes))
+            shares.append(self.elapsed / (60 * self.budget.minutes))
         return min(1.0, max(shares))
 
     def state(self) -> dict[str, float]:
@@ -56,7 +57,7 @@ class Progress:
 
     def resume(self, state: dict[str, float]) -> None:
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
-        self._before = float(state["seconds"])
+        self._before = self.elapsed = float(state["seconds"])
 
 
 def total_steps(budget: Budget, steps_per_epoch: int) -> int | None:

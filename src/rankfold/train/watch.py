@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from rankfold.core.files import write_whole
@@ -68,6 +69,8 @@ class BudgetWatch(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.progress.step = state.global_step + 1
         self.progress.tokens = int(state.num_input_tokens_seen)
+        # The learning rate and the end of the run may depend on the clock, and no two processes have the same.
+        self.progress.elapsed = _largest(self.progress.seconds, args)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if self.progress.share >= 1:
@@ -103,10 +106,20 @@ class Interrupt(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        self.signal = int(_largest(self.signal or 0, args)) or None
         if self.signal is not None:
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
         return control
+
+
+def _largest(value: float, args: Any) -> float:
+    """The largest of all processes' values, so that they act alike: one that stops alone leaves the others waiting."""
+    if args.world_size == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=args.device)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return tensor.item()
 
 
 def default_interval(steps: int | None) -> int:
