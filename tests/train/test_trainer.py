@@ -10,6 +10,7 @@ import transformers
 from datasets import Dataset
 from pydantic import PrivateAttr
 from torch import Tensor
+from torchao.quantization import Int8WeightOnlyConfig
 
 import rankfold
 from examples import bare_loop
@@ -271,3 +272,19 @@ def test_parameter_groups() -> None:
     Half.slug = "half"
     with pytest.raises(RankfoldError, match="half do not hold each parameter once"):
         parameter_groups(adapter, [Half()], 0.1, 0.2)
+
+
+@pytest.mark.parametrize("name", ["nf4", "torchao-int8"])
+def test_trains_over_a_model_that_was_loaded_quantised(name: str, tmp_path: Path, llama_dir: Path) -> None:
+    """Trainer itself refuses one ("purely quantized"), since it looks for PEFT's adapters only."""
+    quantization = {
+        "nf4": transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        "torchao-int8": transformers.TorchAoConfig(Int8WeightOnlyConfig()),
+    }[name]
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama_dir, quantization_config=quantization)
+    adapter = rankfold.attach(model, rankfold.LoRA(rank=4))
+    trainer = make(tmp_path, model, adapter, max_steps=8)
+    before = trainer.measure().loss
+    trainer.train()
+    assert trainer.measure().loss < before - 0.05
+    assert model.is_quantized

@@ -63,7 +63,8 @@ class AdapterTrainer(transformers.Trainer):
         state: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs)
+        with _trainable_though_quantised(kwargs["model"] if "model" in kwargs else args[0] if args else None):
+            super().__init__(*args, **kwargs)
         self.adapter, self.task, self.techniques = adapter, task, tuple(techniques)
         self._schedule, self._resumable = schedule, state or {}
         self.args.logging_nan_inf_filter = False  # it would hide what `training_step` stops at
@@ -222,6 +223,19 @@ class AdapterTrainer(transformers.Trainer):
         elif self.is_fsdp_enabled:  # every process has to take part in putting sharded tensors together
             with tempfile.TemporaryDirectory() as unused:
                 rankfold.save(self.adapter.model, unused, name=self.adapter.name)
+
+
+@contextlib.contextmanager
+def _trainable_though_quantised(model: Any) -> Iterator[None]:
+    """Trainer refuses a quantised model unless PEFT has put an adapter on it; ours it cannot see."""
+    quantised = getattr(model, "is_quantized", False)
+    if quantised:
+        model.is_quantized = False
+    try:
+        yield
+    finally:
+        if quantised:
+            model.is_quantized = True
 
 
 class _AroundStep(TrainerCallback):
