@@ -64,6 +64,21 @@ def test_the_adapter_it_wrote_scores_what_the_report_says(finished: Path) -> Non
     assert scores["adapter"].loss == pytest.approx(report["after"]["loss"], rel=1e-6)
 
 
+def test_samples_are_the_base_models_answers_and_the_adapted_ones(finished: Path, llama_dir: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rankfold.train.samples import generate
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama_dir), AutoTokenizer.from_pretrained(llama_dir)
+    samples = json.loads((finished / "report.json").read_text())["samples"]
+    prompts = [sample["prompt"] for sample in samples]
+    before = [generate(model, tokenizer, [p], max_new_tokens=4, do_sample=False)[0] for p in prompts]
+    rankfold.load(model, finished / "adapter")
+    after = [generate(model, tokenizer, [p], max_new_tokens=4, do_sample=False)[0] for p in prompts]
+    assert before != after
+    assert [(s["before"], s["after"]) for s in samples] == list(zip(before, after, strict=True))
+
+
 def test_the_metrics_tell_every_step(finished: Path) -> None:
     lines = read_metrics(finished / "metrics.jsonl")
     training = [line for line in lines if "loss" in line]

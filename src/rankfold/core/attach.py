@@ -140,8 +140,10 @@ def build_adapter(
             raise
         if new:
             model.__dict__["_rankfold_state"] = state
-            state.trainable = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
-            model.requires_grad_(False)
+            for path, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    state.trainable.add(path)
+                    parameter.requires_grad_(False)
         for target in matched:
             delta = adapter.deltas[target.site.name].train(target.layer.training)
             home(target.site)[name] = delta
