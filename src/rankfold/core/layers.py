@@ -484,7 +484,7 @@ def adapted_class(mixin: type[Adapted], plain: type[nn.Module], experts: tuple[s
 
 
 def _rebuild(mixin: type[Adapted], plain: type[nn.Module], experts: tuple[str, ...]) -> Any:
-    cls = adapted_class(mixin, plain, experts)
+    cls: Any = adapted_class(mixin, plain, experts)
     return cls.__new__(cls)
 
 
@@ -505,9 +505,10 @@ def adapt_layer(layer: Any, mixin: type[Adapted], sites: list[Site], state: Stat
         prepare(layer, name)
         layer._rankfold = state
         _change_class(layer, adapted_class(mixin, type(layer), experts))
+    modules: dict[str, Any] = layer.__dict__["_modules"]
     for key in {container(site.parameter) for site in sites} or {"deltas"}:
-        if key not in layer._modules:
-            layer._modules[key] = Deltas(state)
+        if key not in modules:
+            modules[key] = Deltas(state)
 
 
 def restore_layer(layer: Any) -> None:

@@ -82,7 +82,8 @@ class _BarWatcher(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.task = self.bar.add_task("training", total=1.0, completed=self.progress.share, figures="")
+            self.task = self.bar.add_task("training", total=1.0, figures="")
+            self._show(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._show(state)

@@ -13,7 +13,6 @@ from transformers.integrations import get_available_reporting_integrations
 import rankfold
 from rankfold.core.component import components
 from rankfold.errors import RankfoldError
-from rankfold.train.processes import processes
 from rankfold.train.recipe import Component, Optimizer, Recipe
 from rankfold.train.watch import default_interval
 
@@ -77,7 +76,7 @@ def training_arguments(
     recipe: Recipe, folder: Path, steps: int | None, resumed: bool
 ) -> transformers.TrainingArguments:
     """What `transformers.Trainer` is told; checkpoints go to `folder`."""
-    on_cpu = processes().device.type == "cpu"
+    on_cpu = not torch.accelerator.is_available()
     if on_cpu and recipe.precision == "fp16":
         raise RankfoldError("precision: fp16 needs an accelerator; on a CPU use float32 or bf16")
     if missing := sorted(set(recipe.log.report_to) - set(get_available_reporting_integrations())):

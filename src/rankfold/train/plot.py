@@ -5,7 +5,7 @@ from io import BytesIO
 from typing import Any
 
 # Set here and not read from the user's matplotlibrc, so that every report looks the same.
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,

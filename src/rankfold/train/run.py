@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -70,7 +71,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, display: 
     trainer, progress, interrupt = _trainer(inputs, parts, adapter, output, checkpoint, display)
     _run(trainer, progress, interrupt, checkpoint, display)
     trainer.save_model(str(output / ADAPTER))
-    found: list[Report | None] = [None]
+    found: list[Any] = [None]
     if main:
         answers = []
         if not trainer.is_fsdp_enabled:  # a sharded model can only generate with every process taking part

@@ -19,7 +19,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def score(recipe: Recipe, adapter: Path | None, display: Display) -> dict[str, Score]:
     """`{"base": Score}`, and `"adapter"` beside it where a folder is given; on an accelerator where there is one."""
     inputs = load_inputs(recipe, display)
-    device = processes().device
+    device = torch.device(processes().device or "cpu")
     model = inputs.model.to(device)
     batches = DataLoader(
         inputs.data.held_out,  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -65,7 +65,8 @@ class AdapterTrainer(transformers.Trainer):
     ):
         with _trainable_though_quantised(kwargs["model"] if "model" in kwargs else args[0] if args else None):
             super().__init__(*args, **kwargs)
-        self.adapter, self.task, self.techniques = adapter, task, tuple(techniques)
+        self.adapter, self.techniques = adapter, tuple(techniques)
+        self.task: Task = task
         self._schedule, self._resumable = schedule, state or {}
         self.args.logging_nan_inf_filter = False  # it would hide what `training_step` stops at
         for technique in self.techniques:
@@ -76,7 +77,7 @@ class AdapterTrainer(transformers.Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
             groups = parameter_groups(self.adapter, self.techniques, self.args.learning_rate, self.args.weight_decay)
             self.optimizer = cls(groups, **options)
         return self.optimizer
@@ -121,7 +122,7 @@ class AdapterTrainer(transformers.Trainer):
         return norm
 
     def _stop_diverged(self, what: str) -> None:
-        self._save_checkpoint(self.model, None)  # the weights are those after the last good step
+        self._save_checkpoint(self.adapter.model, None)  # the weights are those after the last good step
         raise TrainingStoppedError(
             f"{what} at step {self.state.global_step + 1}. The weights before that step are in "
             f"{self._checkpoint_dir() / ADAPTER}. A lower optimizer.lr, a warmup, or precision float32 usually helps"
@@ -132,9 +133,9 @@ class AdapterTrainer(transformers.Trainer):
     def measure(self) -> Score:
         """The score on the held-out rows, exact also where several processes share the work."""
         rows, world, rank = self.eval_dataset, self.args.world_size, self.args.process_index
-        model = self.model
+        model = self.adapter.model
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # every process takes part in every forward pass
-            world, rank, model = 1, 0, self.model_wrapped
+            world, rank, model = 1, 0, cast(nn.Module, self.model_wrapped)
         batches = DataLoader(
             Subset(rows, range(rank, len(rows), world)),  # type: ignore[arg-type]
             self.args.per_device_eval_batch_size,
@@ -145,18 +146,18 @@ class AdapterTrainer(transformers.Trainer):
         def add_up(sums: Tensor) -> Tensor:
             if world == 1:
                 return sums
-            return self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+            return cast(Tensor, self.accelerator.reduce(sums.to(self.args.device), "sum")).cpu()
 
         def tick() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        self.callback_handler.eval_dataloader = batches
+        self.callback_handler.eval_dataloader = batches  # type: ignore[assignment]
         with self.accelerator.autocast():
             return evaluate(model, batches, self.task, reduce=add_up, on_batch=tick)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Held-out figures as Trainer logs them. At step 0 they are the base model's, with the adapter off."""
-        base = rankfold.using(self.model, None) if self.state.global_step == 0 else contextlib.nullcontext()
+        base = rankfold.using(self.adapter.model, None) if self.state.global_step == 0 else contextlib.nullcontext()
         with base:
             score = self.measure()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in score.as_dict().items()}
@@ -167,7 +168,7 @@ class AdapterTrainer(transformers.Trainer):
     # ---- checkpoints
 
     def _checkpoint_dir(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        return Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
@@ -190,7 +191,7 @@ class AdapterTrainer(transformers.Trainer):
             _make_durable(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+            rotate_checkpoints(str(final.parent), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -219,7 +220,7 @@ class AdapterTrainer(transformers.Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (not the base model) to `output_dir`."""
         if self.args.should_save:
-            rankfold.save(self.adapter.model, output_dir or self.args.output_dir, name=self.adapter.name)
+            rankfold.save(self.adapter.model, output_dir or str(self.args.output_dir), name=self.adapter.name)
         elif self.is_fsdp_enabled:  # every process has to take part in putting sharded tensors together
             with tempfile.TemporaryDirectory() as unused:
                 rankfold.save(self.adapter.model, unused, name=self.adapter.name)
