@@ -1,6 +1,8 @@
 """Settings for every test: no hub is asked for anything, and test workers share the cores."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 # Read when these libraries are first imported, so they stand before any import; subprocesses of tests inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,6 +29,14 @@ hypothesis.settings.load_profile("rankfold")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_afresh() -> Iterator[None]:
+    """Compiled code of one test does not count against the recompile limit of the next."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -145,7 +145,9 @@ def build_adapter(
                     state.trainable.add(path)
                     parameter.requires_grad_(False)
         for target in matched:
-            delta = adapter.deltas[target.site.name].train(target.layer.training)
+            delta = adapter.deltas[target.site.name]
+            if not target.layer.training:  # a new module is in training mode
+                delta.eval()
             home(target.site)[name] = delta
         for path, module in copies.items():
             module._modules["deltas"]._modules[name] = adapter.modules[path].train(module.training)  # type: ignore[union-attr]
@@ -259,7 +261,7 @@ def _start(init: Init, delta: Delta, method: Method, statistics: Calibration | N
 def _check_alive(delta: Delta) -> None:
     """Two factors that both start at zero have no gradient, ever."""
     product = delta.factors() if delta.form == "factors" else (delta.B, delta.A) if delta.startable else None
-    if product is not None and not any(bool(factor.any()) for factor in product):
+    if product is not None and not any(bool(factor.any()) for factor in reversed(product)):  # B is most often the zero
         raise RankfoldError(
             f"{type(delta).__name__} at {delta.site.name} starts with both factors zero: "
             "it has no gradient and can never train"

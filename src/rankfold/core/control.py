@@ -34,6 +34,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             if one in state.merged:
                 unmerge(model, one)
             adapter = state.adapters.pop(one)
+            state.last = None  # it may hold the adapter's factors
             layers = {id(delta.layer): delta.layer for delta in adapter.deltas.values()}
             for delta in adapter.deltas.values():
                 del home(delta.site)[one]

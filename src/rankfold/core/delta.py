@@ -65,6 +65,9 @@ class Site:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+_PLAIN = {Site, bool, int, float, str}
+
+
 class Delta(nn.Module):
     """One layer's trainable change. A subclass says its mathematics in **one** of these ways, on `W (out, in)`:
 
@@ -91,6 +94,7 @@ class Delta(nn.Module):
     form: ClassVar[str]
     direct: ClassVar[bool]  # computes its output from x and y itself
     biased: ClassVar[bool]  # changes the bias
+    stackable: ClassVar[bool]  # a low-rank product and nothing else: rows of a batch can share one batched product
     B: Any
     A: Any
     B0: Any
@@ -100,6 +104,12 @@ class Delta(nn.Module):
     def __init__(self, site: Site):
         super().__init__()
         self.site = site
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if type(value) in _PLAIN:  # past the checks of nn.Module: thousands of deltas are made when a server starts
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -114,6 +124,7 @@ class Delta(nn.Module):
             cls.form = "bias"
         cls.direct = cls.forward is not Delta.forward or cls.inputs is not Delta.inputs
         cls.biased = cls.bias_update is not Delta.bias_update
+        cls.stackable = cls.form == "factors" and not cls.direct and not cls.biased
 
     def start(self, rng: torch.Generator) -> None:
         """Fill the parameters so that the layer computes what it did (or document why not)."""
@@ -214,10 +225,10 @@ class Delta(nn.Module):
 @torch.no_grad()
 def fill(tensor: Tensor, rng: torch.Generator, *, bound: float | None = None, std: float | None = None) -> Tensor:
     """Fill in place from the CPU generator: uniform on ±bound, or normal with the standard deviation."""
-    drawn = torch.empty(tensor.shape, dtype=torch.float32)
-    drawn = (
+    here = tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+    drawn = tensor if here else torch.empty(tensor.shape, dtype=torch.float32)
+    if bound is not None:
         drawn.uniform_(-bound, bound, generator=rng)
-        if bound is not None
-        else drawn.normal_(0.0, std or 0.0, generator=rng)
-    )
-    return tensor.copy_(drawn)
+    else:
+        drawn.normal_(0.0, std or 0.0, generator=rng)
+    return tensor if here else tensor.copy_(drawn)

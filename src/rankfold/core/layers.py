@@ -139,11 +139,12 @@ class Adapted:
 
     def by_row(self, x: Tensor, rows: Rows) -> Tensor:
         """Each row under its own delta: rows of one adapter go through the layer together."""
-        deltas = [self.deltas._modules.get(name) if name is not None else None for name in rows.distinct]
-        if all(d is None for d in deltas):
+        deltas = list(map(self.deltas._modules.get, rows.distinct))  # type: ignore[arg-type]
+        if not any(d is not None for d in deltas):
             return super().forward(x)  # type: ignore[misc]
-        if all(d is None or self.stackable(d) for d in deltas):  # type: ignore[arg-type]
-            return self.stacked(x, rows, deltas)
+        stack = rows.kept(self, deltas)
+        if stack is not None or all(d is None or self.stackable(d) for d in deltas):  # type: ignore[arg-type]
+            return self.stacked(x, rows, deltas, stack)
         return rows.apart(
             lambda delta, x: super(Adapted, self).forward(x) if delta is None else self.adapted(x, delta),  # type: ignore[misc]
             deltas,
@@ -155,7 +156,7 @@ class Adapted:
         """Whether rows of this delta can share one batched product with rows of others."""
         return False
 
-    def stacked(self, x: Tensor, rows: Rows, deltas: list[Any]) -> Tensor:
+    def stacked(self, x: Tensor, rows: Rows, deltas: list[Any], stack: tuple[Tensor, Tensor] | None) -> Tensor:
         raise NotImplementedError
 
 
@@ -198,21 +199,18 @@ class AdaptedLinear(Adapted):
         return is_plain(weight) and self._plain is nn.Linear
 
     def stackable(self, delta: Delta) -> bool:
-        return (
-            delta.form == "factors"
-            and not delta.biased
-            and not delta.direct
-            and not delta.is_folded
-            and not (delta.dropout and delta.training)
-        )
+        return delta.stackable and not delta.is_folded and not (delta.dropout and delta.training)
 
-    def stacked(self, x: Tensor, rows: Rows, deltas: list[Any]) -> Tensor:
-        positions = rows.positions(x, type(self).__name__)
-        pairs = [None if delta is None else (*delta.pair(), delta.scale) for delta in deltas]
-        A, B = rows.stacked(self, [t for d in deltas if d is not None for t in d.parameters()], lambda: _stack(pairs))
-        if len(deltas) < len(positions):
-            A, B = A[positions], B[positions]
-        return add_lowrank_rows(self.base(x), x, A, B)
+    def stacked(self, x: Tensor, rows: Rows, deltas: list[Any], stack: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`stack` is A (R, r, in) and B (R, out, r) where an earlier forward left them."""
+        repeat = rows.repeat(x, type(self).__name__)
+        A, B = rows.keep(self, deltas, *_stack(deltas, rows)) if stack is None else stack
+        y = self.base(x)
+        if repeat == 1:
+            return add_lowrank_rows(y, x, A, B)
+        # A row of the batch is several consecutive rows here: seen as one longer row.
+        split = len(rows.names), repeat
+        return add_lowrank_rows(y.unflatten(0, split), x.unflatten(0, split), A, B).flatten(0, 1)
 
 
 class AdaptedConv1D(AdaptedLinear):
@@ -416,23 +414,28 @@ class FullCopy(nn.Module):
                 parameter.data = parameter.data.float()
 
 
-def _stack(pairs: list[tuple[Tensor, Tensor, float] | None]) -> tuple[Tensor, Tensor]:
-    """A (D, r, in) and B (D, out, r), scale folded in, of D low-rank changes; zeros fill short ranks and None."""
+def _stack(deltas: list[Any], rows: Rows) -> tuple[Tensor, Tensor]:
+    """A (R, r, in) and B (R, out, r), scale folded in, of each row; zeros fill short ranks and None."""
+    pairs = [None if delta is None else delta.pair() for delta in deltas]
     there = [pair for pair in pairs if pair is not None]
-    r = max(B.shape[-1] for B, _, _ in there)
+    r = max(A.shape[0] for _, A in there)
+    if len(there) < len(pairs) or any(A.shape[0] != r for _, A in there):
+        nothing = there[0][0][:, :0], there[0][1][:0]
+        pairs = [_padded(*(pair or nothing), r) for pair in pairs]
+    Bs, As = zip(*pairs, strict=True)  # type: ignore[arg-type]
+    A, B = torch.stack(As), torch.stack(Bs)
+    scales = [1.0 if delta is None else delta.scale for delta in deltas]
+    if any(scale != 1 for scale in scales):
+        B = B * torch.tensor(scales, dtype=B.dtype, device=B.device)[:, None, None]
+    if len(deltas) < len(rows.names):
+        index = rows.index.to(A.device)
+        A, B = A.index_select(0, index), B.index_select(0, index)  # three times as fast as A[index]
+    return A, B
 
-    def padded(pair: tuple[Tensor, Tensor, float] | None) -> tuple[Tensor, Tensor]:
-        if pair is None:
-            B, A, _ = there[0]
-            return A.new_zeros(r, A.shape[1]), B.new_zeros(B.shape[0], r)
-        B, A, scale = pair
-        missing = r - B.shape[-1]
-        return F.pad(A, (0, 0, 0, missing)) if missing else A, F.pad(
-            B * scale if scale != 1 else B, (0, missing)
-        ) if missing or scale != 1 else B
 
-    As, Bs = zip(*map(padded, pairs), strict=True)
-    return torch.stack(As), torch.stack(Bs)
+def _padded(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    missing = r - A.shape[0]
+    return F.pad(B, (0, missing)), F.pad(A, (0, 0, 0, missing))
 
 
 def _delta_dtype(weight: Tensor) -> torch.dtype:

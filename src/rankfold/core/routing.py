@@ -1,6 +1,7 @@
 """Which adapter a forward uses: the state one adapted model shares with all its adapted layers."""
 
 import copy
+import operator
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ from rankfold.errors import RankfoldError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+=@-]{0,127}")
 
+_version = operator.attrgetter("_version")
+
 
 class Rows:
     """One adapter name (or None) for each of the R rows of a batch."""
@@ -25,18 +28,9 @@ class Rows:
         groups = [[row for row, name in enumerate(self.names) if name == one] for one in self.distinct]
         self.groups = [torch.tensor(group) for group in groups]
         self.order = torch.argsort(torch.cat(self.groups))  # from groups one after the other back to the batch
-        self._stacks: dict[Any, tuple[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
+        self._stacks: dict[Any, tuple[list[Any], list[Tensor], int, tuple[Tensor, Tensor]] | None] = {}
 
-    def positions(self, x: Tensor, where: str) -> Tensor:
-        """For each entry of x's first dimension, the index into `distinct` of its adapter.
-
-        The first dimension may be a multiple of R: then each row of the batch became several consecutive ones, as
-        with beam search, or when a layer sees (batch · tokens, width).
-        """
-        repeat, index = self._repeat(x, where), self.index.to(x.device)
-        return index if repeat == 1 else index.repeat_interleave(repeat)
-
-    def _repeat(self, x: Tensor, where: str) -> int:
+    def repeat(self, x: Tensor, where: str) -> int:
         """How many entries of x's first dimension each row has."""
         repeat = x.shape[0] // len(self.names)
         if not repeat or x.shape[0] % len(self.names):
@@ -53,7 +47,7 @@ class Rows:
 
         Arguments with as many rows as the first are cut to the group's rows; others go to every group whole.
         """
-        repeat, device = self._repeat(args[0], where), args[0].device
+        repeat, device = self.repeat(args[0], where), args[0].device
 
         def spread(rows: Tensor) -> Tensor:
             rows = rows.to(device)
@@ -68,15 +62,27 @@ class Rows:
         ]
         return torch.cat(parts)[spread(self.order)]
 
-    def stacked(self, key: Any, tensors: list[Tensor], make: Any) -> tuple[Tensor, Tensor]:
-        """`make()`, kept while no gradient is recorded and none of the tensors it is made from has changed."""
-        if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):
-            return make()
-        versions = tuple(t._version for t in tensors)
-        kept = self._stacks.get(key)
-        if kept is None or kept[0] != versions:
-            kept = self._stacks[key] = (versions, make())
-        return kept[1]
+    def kept(self, layer: Any, deltas: list[Any]) -> tuple[Tensor, Tensor] | None:
+        """What `keep` kept for the layer, if no gradient is recorded and nothing that it was made from has changed."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or (kept := self._stacks.get(layer)) is None:
+            return None
+        made_from, tensors, versions, stack = kept
+        if made_from != deltas or sum(map(_version, tensors)) != versions:
+            return None
+        return None if any(d is not None and d.dropout and d.training for d in deltas) else stack
+
+    def keep(self, layer: Any, deltas: list[Any], A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A, B, the stacked factors of the rows, kept from the second forward under this route on."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return A, B
+        if layer not in self._stacks:  # a route that is used once shall not pay for the check of later ones
+            self._stacks[layer] = None
+        else:
+            tensors = [t for d in deltas if d is not None for t in d.parameters()]
+            if not any(t.is_inference() for t in tensors):
+                # A version only ever grows, so their sum tells whether any did.
+                self._stacks[layer] = deltas, tensors, sum(map(_version, tensors)), (A, B)
+        return A, B
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Rows":
         return Rows(self.names)
@@ -99,6 +105,7 @@ class State:
         self.adapters: dict[str, Any] = {}
         self.active: str | None = None
         self.route: Route = None
+        self.last: Rows | None = None
         self.merged: tuple[str, ...] = ()
         self.lock = threading.RLock()
         self.originals: dict[str, Any] = {}
@@ -112,6 +119,8 @@ class State:
     def _enter(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self.lock.acquire()
+            if torch.is_grad_enabled():  # a training step, whose optimiser may write past `_version`
+                self.last = None
 
     def _leave(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -134,7 +143,11 @@ class State:
         names = [None if name is None or self.check(name) in self.merged else name for name in choice]
         if not names:
             raise RankfoldError("an empty list of adapter names: give one name (or None) for each row of the batch")
-        return names[0] if len(set(names)) == 1 else Rows(names)
+        if len(set(names)) == 1:
+            return names[0]
+        if self.last is None or self.last.names != tuple(names):  # a server's next batch often has the same tenants
+            self.last = Rows(names)
+        return self.last
 
     def activate(self, name: str | None) -> None:
         with self.lock:
@@ -151,7 +164,7 @@ class State:
                 self.route = before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "lock"}
+        return {k: v for k, v in self.__dict__.items() if k != "lock"} | {"last": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())

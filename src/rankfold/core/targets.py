@@ -11,6 +11,7 @@ from rankfold.core.layers import Adapted, AdaptedConv1D, AdaptedLinear, kind_of
 from rankfold.errors import RankfoldError
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
+Everything = dict[str, tuple[nn.Module, type[Adapted] | None]]
 WORDS = ("all-linear", "attention", "mlp", "biases")
 _HEADS = {"lm_head", "embed_out", "head", "classifier", "score", "qa_outputs", "output_projection"}
 _ATTENTION = re.compile(
@@ -37,12 +38,11 @@ def find(model: nn.Module, targets: Targets) -> list[Target]:
     Fused expert weights (3-D parameters) are sites of their own (`...experts.gate_up_proj`) that are matched by name,
     not by the words. Raises RankfoldError where nothing matches, and lists what there is.
     """
-    everything = [(name, module) for name, module in model.named_modules() if not inside_adapter(name)]
+    everything = _everything(model)
     chosen: list[Target] = []
     unsupported: list[str] = []
-    matches = _matcher(model, targets)
-    for name, module in everything:
-        mixin = kind_of(module)
+    matches = _matcher(model, targets, everything)
+    for name, (module, mixin) in everything.items():
         if mixin is None:
             if name and not callable(targets) and matches(name, module):
                 unsupported.append(f"{name} ({type(module).__name__})")
@@ -51,9 +51,7 @@ def find(model: nn.Module, targets: Targets) -> list[Target]:
             if matches(site.name, module):
                 chosen.append(Target(site, mixin, name, module))
     if not chosen:
-        leaves = sorted(
-            {name.rsplit(".", 1)[-1] for name, module in everything if name and kind_of(module) is not None}
-        )
+        leaves = sorted({name.rsplit(".", 1)[-1] for name, (_, mixin) in everything.items() if name and mixin})
         what = f"; it matches only {', '.join(unsupported[:5])}, which no delta can sit on" if unsupported else ""
         raise RankfoldError(
             f"targets={targets!r} matches no layer of {type(model).__name__} that can be adapted{what}. "
@@ -63,17 +61,22 @@ def find(model: nn.Module, targets: Targets) -> list[Target]:
 
 
 def inside_adapter(name: str) -> bool:
-    return any(part == "deltas" or part.startswith("deltas_") for part in name.split("."))
+    return "deltas" in name and any(part == "deltas" or part.startswith("deltas_") for part in name.split("."))
 
 
-def _matcher(model: nn.Module, targets: Targets) -> Callable[[str, nn.Module], bool]:
+def _everything(model: nn.Module) -> Everything:
+    """The modules of the base model by path, each with the mixin that adapts it."""
+    return {name: (module, kind_of(module)) for name, module in model.named_modules() if not inside_adapter(name)}
+
+
+def _matcher(model: nn.Module, targets: Targets, everything: Everything) -> Callable[[str, nn.Module], bool]:
     if callable(targets):
         return targets
     if isinstance(targets, str):
         if targets == "biases":
             return lambda name, module: getattr(module, "bias", None) is not None
         if targets in WORDS:
-            linear = all_linear(model)
+            linear = _all_linear(model, everything)
             if targets == "attention":
                 linear = {name for name in linear if _ATTENTION.search(name)}
             elif targets == "mlp":
@@ -96,16 +99,19 @@ def _matcher(model: nn.Module, targets: Targets) -> Callable[[str, nn.Module], b
 
 def all_linear(model: Any) -> set[str]:
     """Paths of all linear layers but the output head (the layers outside a Transformers model's base model)."""
+    return _all_linear(model, _everything(model))
+
+
+def _all_linear(model: Any, everything: Everything) -> set[str]:
     backbone = getattr(model, "base_model", model)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    inside = {id(module) for module in backbone.modules()} if backbone is not model else None
+    within = next((f"{name}." for name, (module, _) in everything.items() if name and module is backbone), None)
     return {
         name
-        for name, module in model.named_modules()
-        if kind_of(module) in (AdaptedLinear, AdaptedConv1D)
+        for name, (module, mixin) in everything.items()
+        if mixin in (AdaptedLinear, AdaptedConv1D)
         and module is not output
-        and not inside_adapter(name)
-        and (id(module) in inside if inside is not None else name.rsplit(".", 1)[-1] not in _HEADS)
+        and (name.startswith(within) if within is not None else name.rsplit(".", 1)[-1] not in _HEADS)
     }
 
 
