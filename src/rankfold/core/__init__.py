@@ -2,6 +2,19 @@
 
 from rankfold.core.component import Component
 from rankfold.core.delta import Delta, Site, fill
-from rankfold.core.method import Callback, Dropout, Init, Method, Rank
+from rankfold.core.factored import Factored
+from rankfold.core.method import Callback, Dropout, Init, Method, Rank, Start
 
-__all__ = ["Callback", "Component", "Delta", "Dropout", "Init", "Method", "Rank", "Site", "fill"]
+__all__ = [
+    "Callback",
+    "Component",
+    "Delta",
+    "Dropout",
+    "Factored",
+    "Init",
+    "Method",
+    "Rank",
+    "Site",
+    "Start",
+    "fill",
+]

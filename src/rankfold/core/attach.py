@@ -60,14 +60,15 @@ def attach(
     """
     matched = target_module.find(model, targets) if not (targets in ([], ()) and modules_to_save) else []
     methods = _override(method, [t.site for t in matched], overrides or {})
-    needs = init.needs(getattr(method, "rank", 0)) if init is not None else ()
+    rank = getattr(method, "rank", 0) or 0
+    needs = init.needs(rank) if init is not None else ()
     statistics = _statistics(model, needs, matched, calibration, init.slug if init is not None else "none")
-    if init is not None:
-        ranks = init.ranks([target.site for target in matched], getattr(method, "rank", 0), statistics)
-        for site, own in methods.items():
-            if ranks.get(site) and ranks[site] != getattr(own, "rank", ranks[site]):
-                methods[site] = _with_rank(own, ranks[site])
-        matched = [target for target in matched if ranks.get(target.site.name, 1)]
+    sites = [target.site for target in matched]
+    ranks = method.ranks(sites) | ({} if init is None else init.ranks(sites, rank, statistics))
+    for site, own in methods.items():
+        if ranks.get(site) and ranks[site] != getattr(own, "rank", ranks[site]):
+            methods[site] = _with_rank(own, ranks[site])
+    matched = [target for target in matched if ranks.get(target.site.name, 1)]
 
     def fill(adapter: Adapter) -> None:
         for site_name, delta in adapter.deltas.items():
@@ -239,32 +240,38 @@ def _statistics(
 def _start(init: Init, delta: Delta, method: Method, statistics: Calibration | None, rng: torch.Generator) -> None:
     if not delta.startable:
         raise RankfoldError(
-            f"init {init.slug!r} sets the two factors of a low-rank product, which {method.slug!r} does not train"
+            f"init {init.slug!r} sets the two factors of a low-rank product, which {method.slug!r} does not have"
         )
     W = delta.W.detach()
     W = W if W.dtype == torch.float64 else W.float()
-    B, A, offset = init.factors(delta.site, W, delta.A.shape[-2], delta.scale, statistics, rng)
-    for letter, factor, own in (("B", B, delta.B), ("A", A, delta.A)):
-        if factor.shape != own.shape:
+    r = delta.A.shape[-2]
+    begin = init.factors(delta.site, W, r, delta.scale, statistics, rng)
+    core = (*delta.site.batch, r, r)
+    for letter, factor, shape in (("B", begin.B, delta.B.shape), ("A", begin.A, delta.A.shape), ("M", begin.M, core)):
+        if factor is None:
+            continue
+        if factor.shape != shape:
             raise RankfoldError(
                 f"init {init.slug!r} gives {letter} of shape {tuple(factor.shape)} at {delta.site.name}, "
-                f"expected {tuple(own.shape)}"
+                f"expected {tuple(shape)}"
             )
         if not bool(torch.isfinite(factor).all()):
             raise RankfoldError(
                 f"init {init.slug!r} gives a start with NaN or infinity at {delta.site.name}: "
                 "is the base weight finite?"
             )
-    delta.set_start(B, A, offset)
+    delta.set_start(begin.B, begin.A, begin.M, offset=begin.offset)
 
 
 def _check_alive(delta: Delta) -> None:
-    """Two factors that both start at zero have no gradient, ever."""
+    """Two factors that both start at zero have no gradient, ever; nor has anything beside a frozen one that is zero."""
     product = delta.factors() if delta.form == "factors" else (delta.B, delta.A) if delta.startable else None
-    if product is not None and not any(bool(factor.any()) for factor in reversed(product)):  # B is most often the zero
+    frozen = [delta._buffers[letter] for letter in ("B", "A") if letter in delta._buffers] if delta.startable else []
+    dead = product is not None and not any(bool(factor.any()) for factor in reversed(product))  # B is most often zero
+    if dead or not all(bool(factor.any()) for factor in frozen if factor is not None):
         raise RankfoldError(
-            f"{type(delta).__name__} at {delta.site.name} starts with both factors zero: "
-            "it has no gradient and can never train"
+            f"{type(delta).__name__} at {delta.site.name} starts with {'both factors' if dead else 'a frozen factor'} "
+            "zero: it has no gradient and can never train"
         )
 
 

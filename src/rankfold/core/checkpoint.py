@@ -323,9 +323,10 @@ def _take(adapter: Adapter, file: TensorFile, document: Document, what: str) -> 
     """Make the file's tensors the adapter's own, once all fit: nothing is copied, they share one storage."""
     for site, delta in adapter.deltas.items():
         offset = (f"deltas.{site}.B0", f"deltas.{site}.A0")
-        if delta.startable and "A0" not in delta._buffers and all(name in file.entries for name in offset):
-            delta.register_buffer("B0", torch.empty_like(delta.B, requires_grad=False))
-            delta.register_buffer("A0", torch.empty_like(delta.A, requires_grad=False))
+        if delta.startable and all(name in file.entries for name in offset):
+            k = file.entries[offset[1]].shape[-2:-1]  # the rank of what was taken out; the layout is checked below
+            delta.register_buffer("B0", delta.B.new_empty(*delta.B.shape[:-1], *k))
+            delta.register_buffer("A0", delta.A.new_empty(*delta.A.shape[:-2], *k, delta.A.shape[-1]))
     if isinstance(adapter.shared, Bases):  # bases that are not their seed's: an adapter that another library made
         adapter.shared.keep(
             **{name: own for name, own in adapter.shared.named_buffers() if f"shared.{name}" in file.entries}

@@ -51,7 +51,7 @@ def as_lora(
 
     def fill(lora: Adapter) -> None:
         for site_name, delta in lora.deltas.items():
-            delta.set_start(*pairs[site_name], offset=False)
+            delta.set_start(*pairs[site_name])
         for path, copied in lora.modules.items():
             copied.load_state_dict(adapter.modules[path].state_dict())
 

@@ -209,17 +209,33 @@ class Delta(nn.Module):
 
     @property
     def startable(self) -> bool:
-        """Whether an init can set its start: it has trainable factors called B and A."""
-        return "A" in self._parameters and "B" in self._parameters
+        """Whether an init can set its start: it has factors of its own called B and A."""
+        own = self._parameters.keys() | self._buffers.keys()
+        return "A" in own and "B" in own
 
-    def set_start(self, B: Tensor, A: Tensor, offset: bool) -> None:
-        """Start the product at `B (out, r)`, `A (r, in)`; with `offset`, take that start out again behind it."""
-        with torch.no_grad():
-            self.B.copy_(B)
-            self.A.copy_(A)
-            if offset:
-                self.register_buffer("B0", self.B.detach().clone())
-                self.register_buffer("A0", self.A.detach().clone())
+    @torch.no_grad()
+    def set_start(self, B: Tensor, A: Tensor, M: Tensor | None = None, *, offset: bool = False) -> None:
+        """Start the product at `B (out, r)`, `M (r, r)`, `A (r, in)`; with `offset`, take it out again behind that.
+
+        Without M the core, where there is one, starts at I. A delta without a core takes M into its B.
+        """
+        rest = self.set_middle(torch.eye(A.shape[-2], dtype=A.dtype, device=A.device) if M is None else M)
+        self.B.copy_(B if M is None else B @ rest)
+        self.A.copy_(A)
+        if offset:
+            self.set_offset(B if M is None else B @ M, self.A)
+
+    def set_middle(self, M: Tensor) -> Tensor:
+        """Take what the core between B and A can hold of M (r, r); the rest is given back. Here there is no core."""
+        return M
+
+    def set_offset(self, B0: Tensor, A0: Tensor) -> None:
+        """Take `scale · B0 A0` out of the weight, behind what is taken out already: B0 (out, k), A0 (k, in)."""
+        B0, A0 = (t.detach().to(self.A.dtype) for t in (B0, A0))
+        if "A0" in self._buffers:
+            B0, A0 = torch.cat([self.B0, B0], -1), torch.cat([self.A0, A0], -2)
+        self.register_buffer("B0", B0.clone())
+        self.register_buffer("A0", A0.clone())
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.core.delta import Site
-from rankfold.core.layers import kind_of
+from rankfold.core.layers import as_matrix
 from rankfold.core.quantized import dense, is_plain
 from rankfold.core.targets import inside_adapter
 
@@ -67,9 +67,7 @@ def sample(site: Site, originals: Mapping[str, Tensor]) -> list[float] | None:
 
 @torch.no_grad()
 def _values(site: Site, weight: Tensor) -> list[float]:
-    mixin = kind_of(site.layer)
-    assert mixin is not None
-    W = mixin.to_matrix(site.layer, weight)
+    W = as_matrix(site, weight)
     return W[_places(tuple(W.shape))].nan_to_num().tolist()
 
 

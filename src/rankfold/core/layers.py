@@ -475,6 +475,13 @@ def kind_of(layer: nn.Module) -> type[Adapted] | None:
     return None
 
 
+def as_matrix(site: Site, weight: Tensor) -> Tensor:
+    """A dense weight of the site's layer, in its own layout, as W (out, in); the layer may be adapted or not."""
+    mixin = kind_of(site.layer)
+    assert mixin is not None
+    return mixin.to_matrix(site.layer, weight)
+
+
 @functools.cache
 def adapted_class(mixin: type[Adapted], plain: type[nn.Module], experts: tuple[str, ...] = ()) -> type:
     """The class of an adapted layer: the mixin before the layer's own class.

@@ -1,7 +1,7 @@
 """The contracts beside Delta: Method (how a ΔW is parameterised), Init (its start), Callback (around a step)."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -15,6 +15,18 @@ if TYPE_CHECKING:
 
 Rank = Annotated[int, Field(ge=1, description="rank r of the product B A")]
 Dropout = Annotated[float, Field(ge=0, lt=1, description="probability of dropping an input of the low-rank product")]
+
+
+class Start(NamedTuple):
+    """Where a product starts: `B (out, r)`, `A (r, in)`, and `M (r, r)` between them (None is I).
+
+    With `offset` the change starts at zero: the core takes `scale · B M A` out again.
+    """
+
+    B: Tensor
+    A: Tensor
+    M: Tensor | None = None
+    offset: bool = False
 
 
 class Method(Component):
@@ -31,6 +43,7 @@ class Method(Component):
 
     axis: ClassVar[str] = "deltas"
     bias_only: ClassVar[bool] = False  # changes nothing but biases, so it can sit on layers without a weight matrix
+    departs: ClassVar[str | None] = None  # why a fresh delta does not compute what the layer did, if so
 
     def delta(self, site: Site, shared: nn.Module | None) -> Delta:
         raise NotImplementedError
@@ -43,6 +56,10 @@ class Method(Component):
 
     def shared_count(self, sites: Sequence[Site]) -> int:
         return 0
+
+    def ranks(self, sites: Sequence[Site]) -> dict[str, int]:
+        """Sites, by name, that get another rank than the method's, by a rule of its own; 0 leaves a site out."""
+        return {}
 
     def refuses(self, site: Site) -> str | None:
         return None
@@ -59,7 +76,7 @@ class Method(Component):
 
 
 class Init(Component):
-    """Where the factors of a low-rank product start: works on every delta with trainable factors B and A.
+    """Where the factors of a low-rank product start: works on every delta with factors B and A of its own.
 
     `needs(rank)` states the calibration statistics it reads (see `rankfold.core.calibration`); without any it is
     computed from the weight alone.
@@ -76,11 +93,8 @@ class Init(Component):
 
     def factors(
         self, site: Site, W: Tensor, rank: int, scale: float, statistics: "Calibration | None", rng: torch.Generator
-    ) -> tuple[Tensor, Tensor, bool]:
-        """`(B0 (out, rank), A0 (rank, in), offset)` for the float32 weight W (out, in) of the site.
-
-        With `offset` true the change starts at zero: the core takes `scale · B0 A0` out again.
-        """
+    ) -> Start:
+        """The start of a product of that rank on the site, whose float32 weight is W (out, in)."""
         raise NotImplementedError
 
 
@@ -98,12 +112,16 @@ class Callback(Component):
             for callback in callbacks: callback.after_step(step)
             optimizer.zero_grad()
 
-    `on_attach(adapter, model)` comes first, once. The Trainer bridge makes the same calls.
+    `on_attach(adapter, model)` comes first, once; `on_start(optimizer, steps)` when the optimiser is there, with the
+    number of steps that are planned (None where time or tokens end the training). The Trainer bridge makes the same
+    calls; after a resume `on_load` comes before `on_start`.
     """
 
     axis: ClassVar[str] = "callbacks"
 
     def on_attach(self, adapter: Any, model: nn.Module) -> None: ...
+
+    def on_start(self, optimizer: torch.optim.Optimizer, steps: int | None) -> None: ...
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss, or None."""

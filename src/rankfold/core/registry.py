@@ -53,5 +53,6 @@ def _supports(method: Method) -> dict[str, bool | str]:
     biases = "it changes biases only"
     supports["merge"] = function if delta.form == "function" else True
     supports["as-lora"] = {"function": function, "bias": biases}.get(delta.form, True)
-    supports["inits"] = True if delta.startable else "it does not train the two factors of a product"
+    supports["inits"] = True if delta.startable else "it has no two factors of its own that an init could set"
+    supports["identity"] = method.departs or True
     return supports

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rankfold.core import Init, Site
+from rankfold.core import Init, Site, Start
 from rankfold.core.calibration import Calibration, InputPCA, Statistic
 from rankfold.errors import RankfoldError
 
@@ -60,13 +60,13 @@ class EVA(Init):
 
     def factors(
         self, site: Site, W: Tensor, rank: int, scale: float, statistics: Calibration | None, rng: torch.Generator
-    ) -> tuple[Tensor, Tensor, bool]:
+    ) -> Start:
         assert statistics is not None
         pca = statistics.get(InputPCA(rank, self.tolerance), site.name)
         A = pca.components.to(W)
         if self.whiten:
             A = A / pca.singular_values.to(W).sqrt().unsqueeze(1)
-        return W.new_zeros(site.out, rank), A, False
+        return Start(W.new_zeros(site.out, rank), A)
 
 
 def redistribute(offers: Sequence[Tensor], budget: int) -> list[int]:

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rankfold.core import Init, Site
+from rankfold.core import Init, Site, Start
 from rankfold.core.calibration import Calibration
 from rankfold.core.linalg import randomised_svd, svd
 from rankfold.errors import RankfoldError
@@ -33,9 +33,9 @@ class PiSSA(Init):
 
     def factors(
         self, site: Site, W: Tensor, rank: int, scale: float, statistics: Calibration | None, rng: torch.Generator
-    ) -> tuple[Tensor, Tensor, bool]:
+    ) -> Start:
         if scale <= 0:
             raise RankfoldError(f"pissa divides the singular values by the scale α/r, which is {scale} at {site.name}")
         U, S, Vt = svd(W, rank) if self.iterations is None else randomised_svd(W, rank, rng, iterations=self.iterations)
         root = (S / scale).sqrt()
-        return U * root.unsqueeze(-2), root.unsqueeze(-1) * Vt, True
+        return Start(U * root.unsqueeze(-2), root.unsqueeze(-1) * Vt, offset=True)

@@ -25,7 +25,7 @@ class Orthogonality(Callback):
     _deltas: list[Delta] = PrivateAttr(default_factory=list)
 
     def on_attach(self, adapter: Any, model: nn.Module) -> None:
-        self._deltas = [delta for delta in adapter.deltas.values() if delta.startable or delta.form == "factors"]
+        self._deltas = [delta for delta in adapter.deltas.values() if _trained(delta) or delta.form == "factors"]
         if not self._deltas:
             raise RankfoldError(
                 f"orthogonality is a penalty on the factors B and A, and no delta of adapter {adapter.name!r} has them"
@@ -34,9 +34,14 @@ class Orthogonality(Callback):
     def penalty(self) -> Tensor:
         norms = []
         for delta in self._deltas:
-            B, A = (delta.B, delta.A) if delta.startable else delta.factors()
+            B, A = (delta.B, delta.A) if _trained(delta) else delta.factors()
             norms += [_departure(A), _departure(B.mT)]
         return self.weight * torch.cat(norms).mean()
+
+
+def _trained(delta: Delta) -> bool:
+    """Whether the delta's own B and A are trained."""
+    return "A" in delta._parameters and "B" in delta._parameters
 
 
 def _departure(M: Tensor) -> Tensor:

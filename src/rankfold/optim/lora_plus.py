@@ -22,7 +22,8 @@ class LoRAPlus(Callback):
     ratio: Annotated[float, Field(gt=0, description="learning rate of B over that of A")] = 16.0
 
     def parameter_groups(self, adapter: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        fast = [delta.B for delta in adapter.deltas.values() if delta.startable and delta.site.kind != "embedding"]
+        deltas = [delta for delta in adapter.deltas.values() if delta.site.kind != "embedding"]
+        fast = [delta.B for delta in deltas if {"A", "B"} <= delta._parameters.keys()]
         if not fast:
             raise RankfoldError(
                 f"lora+ sets the learning rate of B, and no delta of adapter {adapter.name!r} trains factors B and A"

@@ -246,6 +246,11 @@ class _AroundStep(TrainerCallback):
         self.trainer = trainer
         self.checked = False
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps = state.max_steps if state.max_steps < 2**40 else None
+        for technique in self.trainer.techniques:
+            technique.on_start(self.trainer.optimizer, steps)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.checked:
             self.checked = True

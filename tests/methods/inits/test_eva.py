@@ -60,11 +60,11 @@ def test_a_narrow_layer_offers_no_more_than_its_size():
 
 def test_factors_worked_numbers():
     found = calibration({"a": [0.5, 0.25]}, InputPCA(2))
-    B, A, offset = EVA().factors(site("a"), torch.ones(8, 8), 2, 1.0, found, torch.Generator())
+    B, A, _, offset = EVA().factors(site("a"), torch.ones(8, 8), 2, 1.0, found, torch.Generator())
     assert not offset
     assert not B.any()
     assert torch.equal(A, torch.eye(8)[:2])
-    _, white, _ = EVA(whiten=True).factors(site("a"), torch.ones(8, 8), 2, 1.0, found, torch.Generator())
+    _, white, _, _ = EVA(whiten=True).factors(site("a"), torch.ones(8, 8), 2, 1.0, found, torch.Generator())
     torch.testing.assert_close(white, torch.diag(torch.tensor([8.0**-0.5, 0.5])) @ torch.eye(8)[:2])  # σ = 8 and 4
 
 

@@ -18,7 +18,7 @@ def rng(seed=0):
 def factors(W, rank, scale=1.0, **options):
     W = torch.as_tensor(W)
     site = Site("layer", "linear", tuple(W.shape), False, W.dtype)
-    B, A, offset = PiSSA(**options).factors(site, W, rank, scale, None, rng())
+    B, A, _, offset = PiSSA(**options).factors(site, W, rank, scale, None, rng())
     assert offset
     return B, A
 
