@@ -94,8 +94,7 @@ def training_arguments(
         max_grad_norm=recipe.optimizer.clip,
         bf16=recipe.precision == "bf16",
         fp16=recipe.precision == "fp16",
-        activation_checkpointing=recipe.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        **_checkpointing(recipe.gradient_checkpointing),
         seed=recipe.seed,
         logging_steps=recipe.log.steps,
         report_to=list(recipe.log.report_to) or "none",
@@ -112,3 +111,10 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )
+
+
+def _checkpointing(on: bool) -> dict[str, Any]:
+    """The arguments for gradient checkpointing, which Transformers renamed after 5.17."""
+    new = "activation_checkpointing" in inspect.signature(transformers.TrainingArguments).parameters
+    key = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {key: on, f"{key}_kwargs": {"use_reentrant": False} if on else None}
