@@ -38,7 +38,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## Fine-tune a real language model, report the gain, and open the adapter in PEFT
 	rm -rf $(DEMO)
-	$(BIN)/rankfold train examples/demo/recipe.yaml --output $(DEMO)
+	$(BIN)/rankfold train examples/recipes/gsm8k.yaml --output $(DEMO)
 	$(BIN)/rankfold export --model $(SMOLLM2) --adapter $(DEMO)/adapter --output $(DEMO)/peft
 	$(BIN)/python examples/demo/check_loss.py $(DEMO)
 	$(BIN)/python examples/demo/check_peft.py $(DEMO)

@@ -25,7 +25,7 @@ def test_gsm8k(tmp_path: Path) -> None:
     report = run("gsm8k", tmp_path / "run", *changes)
     assert 1.2 < report["before"]["loss"] < 2.4, "SmolLM2 knows some arithmetic before"
     assert report["after"]["loss"] < report["before"]["loss"] - 0.15
-    assert report["parameters"] == 460_800
+    assert report["parameters"] == 2_442_240
 
 
 def test_tweets(tmp_path: Path) -> None:
