@@ -252,6 +252,7 @@ FROM_PEFT: dict[str, tuple[Callable[..., nn.Module], Callable[[], peft.PeftConfi
     "randlora-sparse": (gpt2, lambda: randlora("c_attn", "c_proj", r=4, sparse=True)),
     "miss-bat": (llama, lambda: miss("q_proj", "k_proj", "down_proj", r=4, init_weights="bat")),
     "miss": (bert, lambda: miss("query", "output.dense", r=5)),
+    "miss-mini": (llama, lambda: miss("q_proj", "down_proj", r=5, init_weights="mini", mini_r=8)),
 }
 
 
@@ -342,6 +343,8 @@ TO_PEFT: dict[str, tuple[Callable[..., nn.Module], Callable[[], Any], Any, dict[
     "randlora-padded": (llama, lambda: rankfold.RandLoRA(rank=5), ["gate_proj", "down_proj"], {}),
     "bone": (llama, lambda: rankfold.Bone(rank=4), "all-linear", {}),
     "bone-later": (llama, lambda: rankfold.Bone(rank=6, variant="bone"), "mlp", {}),
+    "miss": (llama, lambda: rankfold.MiSS(rank=6, dropout=0.1), "mlp", {}),
+    "miss-mini": (llama, lambda: rankfold.MiSS(rank=6, mini=4), "mlp", {}),
 }
 
 
@@ -803,18 +806,16 @@ def test_randlora_with_different_numbers_of_bases(tmp_path: Path) -> None:
     refused(tmp_path / "without", "save_projection", error=rankfold.UnsupportedError)
 
 
-def test_miss_forms_that_bone_does_not_have(tmp_path: Path) -> None:
-    saved_by_peft(
-        llama, peft.MissConfig(r=4, mini_r=2, target_modules=["q_proj"], init_weights="mini"), tmp_path / "mini"
-    )
-    refused(tmp_path / "mini", "mini", error=rankfold.UnsupportedError)
-    expected = saved_by_peft(
-        llama, peft.MissConfig(r=4, target_modules=["q_proj"], miss_dropout=0.5), tmp_path / "dropout"
-    )
+def test_miss_keeps_its_dropout_and_bat_loses_it(tmp_path: Path) -> None:
+    options = {"r": 4, "target_modules": ["q_proj"], "miss_dropout": 0.5}
+    saved_by_peft(llama, peft.MissConfig(**options), tmp_path / "miss")
+    method = rankfold.import_peft(fresh(llama), tmp_path / "miss").method
+    assert method == rankfold.MiSS(rank=4, dropout=0.5)
+    expected = saved_by_peft(llama, peft.MissConfig(**options, init_weights="bat"), tmp_path / "bat")
     model = fresh(llama)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        rankfold.import_peft(model, tmp_path / "dropout")
+        rankfold.import_peft(model, tmp_path / "bat")
     assert any("miss_dropout=0.5" in str(one.message) for one in said)
     assert close(outputs(model), expected) < 1e-10
 

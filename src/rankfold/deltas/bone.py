@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.core import Delta, Method, Rank, Site
+from rankfold.deltas.miss import MiSSDelta
 
 
 class Bone(Method):
     """One small trained block for every column block of W. No α and no scale; starts at 0.
 
     `variant="bat"`, the first version's: W is cut into r×r blocks, `W'_ij = W_ij (I + D_i) + D_i`, D (out/r, r, r).
-    `variant="bone"`, the later one: `ΔW = [Dᵀ Dᵀ … Dᵀ]`, D (r, out), the last copy cut where r does not divide `in`.
+    `variant="bone"`, the later one: `ΔW = [Dᵀ Dᵀ … Dᵀ]`, D (r, out), which went on as MiSS (`rankfold.MiSS`).
 
     `rank=None` is the largest power of two up to 64 that divides in and out. In PEFT these are `MissConfig` with
     `init_weights="bat"` and `init_weights=True`: what PEFT does by default is not what the first version describes.
@@ -36,8 +37,8 @@ class Bone(Method):
             return self.rank
         return next(r for r in (64, 32, 16, 8, 4, 2, 1) if site.in_ % r == 0 and site.out % r == 0)
 
-    def delta(self, site: Site, shared: nn.Module | None) -> "BatDelta | BoneDelta":
-        return BatDelta(site, self.rank_at(site)) if self.variant == "bat" else BoneDelta(site, self.rank_at(site))
+    def delta(self, site: Site, shared: nn.Module | None) -> "BatDelta | MiSSDelta":
+        return BatDelta(site, self.rank_at(site)) if self.variant == "bat" else MiSSDelta(site, self.rank_at(site))
 
     def count(self, site: Site) -> int:
         return self.rank_at(site) * site.out
@@ -64,20 +65,3 @@ class BatDelta(Delta):
         blocks = W.unflatten(-1, (-1, r)).unflatten(-3, (i, r))  # (out/r, r, in/r, r): W_ij is blocks[i, :, j]
         change = torch.einsum("...iajb,...ibc->...iajc", blocks.to(self.D.dtype), self.D) + self.D.unsqueeze(-2)
         return W + change.reshape(W.shape)
-
-
-class BoneDelta(Delta):
-    """D (r, out)."""
-
-    def __init__(self, site: Site, r: int):
-        super().__init__(site)
-        self.D = site.parameter_like(r, site.out)
-
-    def start(self, rng: torch.Generator) -> None:
-        nn.init.zeros_(self.D)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """ΔW = Dᵀ [I I … I]: summing the length-r chunks of x is a product with identities side by side."""
-        r, n = self.D.shape[-2], self.site.in_
-        identities = torch.eye(r, dtype=self.D.dtype, device=self.D.device).repeat(1, -(-n // r))[:, :n]
-        return self.D.mT, identities.expand(*self.site.batch, r, n)

@@ -46,9 +46,9 @@ _TASKS = (
 def export_peft(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
     """Write an adapter (default: the active one) into a folder that `peft.PeftModel.from_pretrained` and vLLM load.
 
-    LoRA, DoRA, VeRA, (IA)³, RandLoRA and Bone (PEFT's MiSS) have a form of their own in PEFT, with the same tensors. A
-    LoRA whose start was taken out of the base (PiSSA, ...) becomes the plain LoRA of rank 2r that does the same. Any
-    other method with a ΔW goes by way of `rankfold.as_lora`, whose adapter is a plain LoRA.
+    LoRA, DoRA, VeRA, (IA)³, RandLoRA, MiSS and Bone (PEFT's MiSS too) have a form of their own in PEFT, with the same
+    tensors. A LoRA whose start was taken out of the base (PiSSA, ...) becomes the plain LoRA of rank 2r that does the
+    same. Any other method with a ΔW goes by way of `rankfold.as_lora`, whose adapter is a plain LoRA.
 
     vLLM serves plain LoRAs of linear layers whose rank is at most its `max_lora_rank`. It reads `r` and `lora_alpha`
     but no `rank_pattern`, `alpha_pattern` or `modules_to_save`: give it an adapter with one rank and one alpha.

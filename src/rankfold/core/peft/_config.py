@@ -10,7 +10,7 @@ from rankfold.errors import AdapterFileError, UnsupportedError
 # Who made the adapter, how it started and what only a running PEFT needs. `fan_in_fan_out` follows from the layer.
 _NO_EFFECT = {
     "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "runtime_config", "megatron_core",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "mini_r",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
     "init_ia3_weights", "init_weights",
 }  # fmt: skip
 # What an option must be, where that is not "off", and what to do otherwise.
@@ -88,6 +88,7 @@ class RandLoraOptions(Options):
 
 class MissOptions(Options):
     r: Size = 64
+    mini_r: Size = 1
     miss_dropout: Probability = 0.0
     init_weights: bool | Literal["bat", "mini"] = True
 

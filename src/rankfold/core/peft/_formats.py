@@ -332,23 +332,41 @@ class RandLora(Format):
 
 
 class Miss(Format):
-    """Bone: PEFT's MiSS with `init_weights="bat"`, or with True for the later form."""
+    """MiSS: PEFT's with `init_weights=True`, or "mini" for a D that is repeated along the outputs."""
 
     peft_type = "MISS"
-    slug = "bone"
+    slug = "miss"
     options = MissOptions
     kinds = ("linear",)
     leaves: ClassVar = {"miss_block": "D"}
 
     def method(self, options: MissOptions) -> Method:
-        if options.init_weights == "mini":
-            raise UnsupportedError("'init_weights' is 'mini', a form of MiSS that Rankfold does not have")
+        mini = options.mini_r if options.init_weights == "mini" else None
+        return build("miss", rank=options.r, mini=mini, dropout=options.miss_dropout)
+
+    def hyperparameters(self, adapter: Adapter, everything: Sequence[str]) -> dict[str, Any]:
+        ranks = {delta.D.shape[-2] for delta in _deltas(adapter)}
+        methods: list[Any] = [adapter.methods.get(site, adapter.method) for site in adapter.deltas]
+        forms = {(method.mini, method.dropout) for method in methods}
+        if len(ranks) > 1 or len(forms) > 1:
+            raise UnsupportedError("PEFT's MiSS has one rank, one form and one dropout for all layers")
+        mini, dropout = forms.pop()
+        form = {"init_weights": True} if mini is None else {"init_weights": "mini", "mini_r": mini}
+        return {"r": ranks.pop(), "miss_dropout": dropout, "bias": "none", **form}
+
+
+class Bone(Miss):
+    """Bone: PEFT's MiSS with `init_weights="bat"`, or with True for the later form."""
+
+    slug = "bone"
+
+    def method(self, options: MissOptions) -> Method:
         if options.miss_dropout:
             warnings.warn(
-                f"miss_dropout={options.miss_dropout} is left out: bone has no dropout here; nothing else differs",
+                f"miss_dropout={options.miss_dropout} is left out: bat has no dropout; nothing else differs",
                 stacklevel=4,
             )
-        return build("bone", rank=options.r, variant="bat" if options.init_weights == "bat" else "bone")
+        return build("bone", rank=options.r, variant="bat")
 
     def hyperparameters(self, adapter: Adapter, everything: Sequence[str]) -> dict[str, Any]:
         ranks = {delta.D.shape[-2] for delta in _deltas(adapter)}
@@ -358,18 +376,18 @@ class Miss(Format):
         return {"r": ranks.pop(), "init_weights": "bat" if variants == {"bat"} else True, "bias": "none"}
 
 
-_FORMATS: tuple[Format, ...] = (Lora(), Dora(), Vera(), Ia3(), RandLora(), Miss())
+_FORMATS: tuple[Format, ...] = (Lora(), Dora(), Vera(), Ia3(), RandLora(), Miss(), Bone())
 WRITTEN: dict[str, Format] = {each.slug: each for each in _FORMATS}
 OPTIONS: dict[str, type[Options]] = {each.peft_type: each.options for each in _FORMATS}
 
 
 def format_of(options: Options) -> Format:
     """The format of a file with these options."""
-    return (
-        WRITTEN["dora"]
-        if getattr(options, "use_dora", False)
-        else next(f for f in _FORMATS if f.peft_type == options.peft_type)
-    )
+    if getattr(options, "use_dora", False):
+        return WRITTEN["dora"]
+    if options.peft_type == "MISS" and getattr(options, "init_weights", None) == "bat":
+        return WRITTEN["bone"]
+    return next(f for f in _FORMATS if f.peft_type == options.peft_type)
 
 
 def _deltas(adapter: Adapter) -> Iterable[Any]:
