@@ -85,6 +85,11 @@ class Adapted:
         """v (out,) shaped to multiply or add along the output's channels."""
         return v
 
+    @property
+    def channel(self) -> int:
+        """The dimension of the output's channels, counted from behind."""
+        return -1
+
     # ---- the base
 
     @property
@@ -292,7 +297,11 @@ class AdaptedConv(Adapted):
         return conv(h, up.to(x.dtype), groups=groups)
 
     def outwise(self, v: Tensor) -> Tensor:
-        return v.reshape(-1, *[1] * (self._parameters["weight"].dim() - 2))  # type: ignore[attr-defined]
+        return v.reshape(-1, *[1] * (-1 - self.channel))
+
+    @property
+    def channel(self) -> int:
+        return 1 - self._parameters["weight"].dim()  # type: ignore[attr-defined]
 
 
 class AdaptedNorm(Adapted):
