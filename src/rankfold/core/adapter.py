@@ -72,10 +72,38 @@ class Adapter:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy in tensors of the same names and shapes; nothing is changed if any does not fit."""
-        own = dict(self.named_tensors())
-        check_tensors(own, state, f"adapter {self.name!r}")
+        what, before = f"adapter {self.name!r}", [(d, dict(d._buffers), _data(d)) for d in self.deltas.values()]
+        try:
+            self.make_room(state)
+            own = dict(self.named_tensors())
+            check_tensors(own, state, what)
+            self.check_fit(state, what)
+        except RankfoldError:
+            for delta, buffers, data in before:
+                delta._buffers.clear()
+                delta._buffers.update(buffers)
+                for name, tensor in data.items():
+                    delta._parameters[name].data = tensor  # type: ignore[union-attr]
+            raise
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+    def make_room(self, described: Mapping[str, Any]) -> None:
+        """Let deltas take the sizes of these tensors, or descriptions of tensors, where hyperparameters fix none."""
+        for site, own in self._by_delta(described):
+            self.deltas[site].make_room({name: tuple(tensor.shape) for name, tensor in own.items()})
+
+    def check_fit(self, tensors: Mapping[str, Tensor], what: str, error: type[RankfoldError] = RankfoldError) -> None:
+        """Refuse tensors of the right shapes whose numbers a delta cannot use."""
+        for site, own in self._by_delta(tensors):
+            if trouble := self.deltas[site].wrong(own):
+                raise error(f"{what}: {site}: {trouble}: it is damaged or hostile")
+
+    def _by_delta(self, tensors: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each delta's own of the tensors, by their names in it."""
+        for site, delta in self.deltas.items():
+            names = {f"deltas.{site}.{name}": name for name in (*delta._parameters, *delta._buffers, "B0", "A0")}
+            yield site, {name: tensors[full] for full, name in names.items() if full in tensors}
 
     def train(self, mode: bool = True) -> "Adapter":
         """Switch the deltas' dropout (and the copies' own modes) on or off; the base model keeps its mode."""
@@ -92,6 +120,10 @@ class Adapter:
         extra = f" and {', '.join(self.modules)} in full" if self.modules else ""
         size = f"{len(self.deltas)} sites{extra}, {self.num_parameters():,} parameters"
         return f"Adapter({self.name!r}, {self.method!r}, {size})"
+
+
+def _data(delta: Delta) -> dict[str, Tensor]:
+    return {name: parameter.data for name, parameter in delta._parameters.items() if parameter is not None}
 
 
 def _whole(tensor: Any) -> Tensor:

@@ -64,11 +64,12 @@ def attach(
     needs = init.needs(rank) if init is not None else ()
     statistics = _statistics(model, needs, matched, calibration, init.slug if init is not None else "none")
     sites = [target.site for target in matched]
+    left_out = _spread(methods, sites, seed)
     ranks = method.ranks(sites) | ({} if init is None else init.ranks(sites, rank, statistics))
     for site, own in methods.items():
         if ranks.get(site) and ranks[site] != getattr(own, "rank", ranks[site]):
             methods[site] = _with_rank(own, ranks[site])
-    matched = [target for target in matched if ranks.get(target.site.name, 1)]
+    matched = [target for target in matched if ranks.get(target.site.name, 1) and target.site.name not in left_out]
 
     def fill(adapter: Adapter) -> None:
         for site_name, delta in adapter.deltas.items():
@@ -203,6 +204,22 @@ def _fullmatch(pattern: str, name: str) -> bool:
         raise RankfoldError(
             f"overrides: {pattern!r} is neither a path suffix nor a regular expression: {error}"
         ) from None
+
+
+def _spread(methods: dict[str, Method], sites: list[Site], seed: int) -> set[str]:
+    """Give sites the hyperparameters that their methods spread over them; returns the sites that are left out."""
+    alike: dict[str, list[Site]] = {}
+    for site in sites:
+        alike.setdefault(str(methods[site.name].describe()), []).append(site)
+    left_out = set()
+    for group in alike.values():
+        own = methods[group[0].name]
+        for name, changes in own.spread(group, seed).items():
+            if changes is None:
+                left_out.add(name)
+            else:
+                methods[name] = build(own.slug, **{**_values(own), **changes})
+    return left_out
 
 
 def _values(method: Method) -> dict[str, Any]:

@@ -321,12 +321,7 @@ def _check_base(
 
 def _take(adapter: Adapter, file: TensorFile, document: Document, what: str) -> None:
     """Make the file's tensors the adapter's own, once all fit: nothing is copied, they share one storage."""
-    for site, delta in adapter.deltas.items():
-        offset = (f"deltas.{site}.B0", f"deltas.{site}.A0")
-        if delta.startable and all(name in file.entries for name in offset):
-            k = file.entries[offset[1]].shape[-2:-1]  # the rank of what was taken out; the layout is checked below
-            delta.register_buffer("B0", delta.B.new_empty(*delta.B.shape[:-1], *k))
-            delta.register_buffer("A0", delta.A.new_empty(*delta.A.shape[:-2], *k, delta.A.shape[-1]))
+    adapter.make_room(file.entries)
     if isinstance(adapter.shared, Bases):  # bases that are not their seed's: an adapter that another library made
         adapter.shared.keep(
             **{name: own for name, own in adapter.shared.named_buffers() if f"shared.{name}" in file.entries}
@@ -342,6 +337,7 @@ def _take(adapter: Adapter, file: TensorFile, document: Document, what: str) -> 
     fitted = {name: tensors[name].to(device=mine.device, dtype=mine.dtype) for name, mine in own.items()}
     narrowed = {name: tensor for name, tensor in fitted.items() if tensor.dtype != tensors[name].dtype}
     check_finite(narrowed, f"{what}, in another dtype", AdapterFileError)
+    adapter.check_fit(tensors, what, AdapterFileError)
     for name, mine in own.items():
         mine.data = fitted[name]
     if document.fold:

@@ -1,6 +1,7 @@
 """The Delta contract: one layer's trainable change, said as mathematics and nothing else."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -79,7 +80,8 @@ class Delta(nn.Module):
     beside which it may say
     - `bias_update(b) -> Δb (out,)`: a change of the layer's bias b (None for a layer without);
     - `forward(x, y)`, and `inputs(x)`: a cheaper way to compute what `transform` defines. The base then gets
-      `inputs(x)`, and its output y goes through `forward`. The contract test holds both against each other.
+      `inputs(x)`, and its output y goes through `forward`. The contract test holds both against each other;
+    - `linear(x, W, b)`: a cheaper way to `x (W + ΔW)ᵀ + b` in linear layers than to form the ΔW of `update`.
 
     From that the core derives the fused forward, routing by row, merging, export as a plain LoRA and the rest.
     Everything works on a leading expert dimension if the method writes `@`, `.mT` and negative dimensions.
@@ -94,6 +96,7 @@ class Delta(nn.Module):
     form: ClassVar[str]
     direct: ClassVar[bool]  # computes its output from x and y itself
     biased: ClassVar[bool]  # changes the bias
+    fused: ClassVar[bool]  # computes a linear layer's product itself
     stackable: ClassVar[bool]  # a low-rank product and nothing else: rows of a batch can share one batched product
     B: Any
     A: Any
@@ -124,6 +127,7 @@ class Delta(nn.Module):
             cls.form = "bias"
         cls.direct = cls.forward is not Delta.forward or cls.inputs is not Delta.inputs
         cls.biased = cls.bias_update is not Delta.bias_update
+        cls.fused = cls.linear is not Delta.linear
         cls.stackable = cls.form == "factors" and not cls.direct and not cls.biased
 
     def start(self, rng: torch.Generator) -> None:
@@ -144,6 +148,10 @@ class Delta(nn.Module):
 
     def inputs(self, x: Tensor) -> Tensor:
         return x
+
+    def linear(self, x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+        """`x (W + ΔW)ᵀ + b`; W and b are None where the base's product is made apart (a 16-bit or quantised W)."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y
@@ -206,6 +214,26 @@ class Delta(nn.Module):
             f"{type(self).__name__} at {self.site.name} changes the output by a function, not by a ΔW: "
             "it cannot be merged or exported as one"
         )
+
+    def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Let own tensors have the sizes that a file gives them, where hyperparameters do not fix those.
+
+        `shapes` are by the names of tensors in this delta, and not checked: what does not fit is left for the check
+        of all shapes, which follows. Here it is the rank of an offset that the file decides.
+        """
+        if self.startable and {"B0", "A0"} <= shapes.keys():
+            k = shapes["A0"][-2:-1]
+            self.register_buffer("B0", self.B.new_empty(*self.B.shape[:-1], *k))
+            self.register_buffer("A0", self.A.new_empty(*self.A.shape[:-2], *k, self.A.shape[-1]))
+
+    def wrong(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What makes tensors from a file, of the right shapes and finite, unfit for this delta; None if nothing."""
+        return None
+
+    @property
+    def diagonal(self) -> nn.Parameter | None:
+        """The trained diagonal (r,) between B and A, a number for each rank-one part; None where there is none."""
+        return None
 
     @property
     def startable(self) -> bool:

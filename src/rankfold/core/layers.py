@@ -185,6 +185,14 @@ class AdaptedLinear(Adapted):
             )
         return y
 
+    def adapted(self, x: Tensor, delta: Delta) -> Tensor:
+        if not delta.fused or x.is_nested:
+            return super().adapted(x, delta)
+        if self.exact_sum(delta):
+            return delta.linear(x, delta.W, self.own_bias)
+        y = self.base(x, delta)
+        return y + delta.linear(x, None, None).to(y.dtype)
+
     def functional(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
 

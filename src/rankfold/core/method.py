@@ -61,6 +61,14 @@ class Method(Component):
         """Sites, by name, that get another rank than the method's, by a rule of its own; 0 leaves a site out."""
         return {}
 
+    def spread(self, sites: Sequence[Site], seed: int) -> dict[str, dict[str, Any] | None]:
+        """Hyperparameters that a new adapter gives single sites, by name, out of all of them; None leaves a site out.
+
+        For a budget that is shared out, or a choice that looks at the weights: what it comes to is saved, site by
+        site, so that a loaded adapter has what the trained one had.
+        """
+        return {}
+
     def refuses(self, site: Site) -> str | None:
         return None
 
