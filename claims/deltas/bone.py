@@ -1,0 +1,21 @@
+"""Bone at LoRA's parameter count."""
+
+from claims.harness import Expect, Side, run
+
+run(
+    claim=(
+        "At equal parameter count and rate Bone's loss after a fixed number of steps is below LoRA's, "
+        "and Bat's below Bone's."
+    ),
+    source="arXiv 2409.15371",
+    task="digits",
+    sides={
+        "bat": Side({"name": "bone", "rank": 16}, lr=1e-3),
+        "bone": Side({"name": "miss", "rank": 16}, lr=1e-3),
+        "lora": Side({"name": "lora", "rank": 8}, lr=1e-3),
+    },
+    expects=[
+        Expect("bone", "lora", "training loss"),
+        Expect("bat", "bone", "training loss"),
+    ],
+)

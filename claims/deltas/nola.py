@@ -1,0 +1,16 @@
+"""NOLA below LoRA's smallest size."""
+
+from claims.harness import Expect, Side, run
+
+run(
+    claim="With a sixth of the numbers of LoRA r = 1 NOLA's loss is within 0.05 of its.",
+    source="arXiv 2310.02556",
+    task="digits",
+    sides={
+        "nola": Side({"name": "nola", "rank": 4, "k": 64}, lr=2e-2, targets=("query", "value")),
+        "lora": Side({"name": "lora", "rank": 1}, lr=4e-3, targets=("query", "value")),
+    },
+    expects=[
+        Expect("nola", "lora", by=0.05),
+    ],
+)

@@ -1,0 +1,16 @@
+"""RandLoRA at LoRA's parameter count."""
+
+from claims.harness import Expect, Side, run
+
+run(
+    claim="At equal trained numbers RandLoRA's loss is below LoRA's.",
+    source="arXiv 2502.00987",
+    task="digits",
+    sides={
+        "randlora": Side({"name": "randlora", "rank": 32}, lr=2e-3),
+        "lora": Side({"name": "lora", "rank": 4}, lr=2e-3),
+    },
+    expects=[
+        Expect("randlora", "lora"),
+    ],
+)

@@ -1,0 +1,22 @@
+"""Sparse fine-tuning that regrows, against a fixed random pattern and LoRA."""
+
+from claims.harness import Expect, Side, run
+
+run(
+    claim="At equal counts growing has at most the loss of fixed random indices, and at most LoRA's.",
+    source="arXiv 2401.16405",
+    task="digits",
+    sides={
+        "growing": Side(
+            {"name": "sft-sparse", "count": 43008},
+            lr=2e-3,
+            callbacks=({"name": "sft-regrow", "period": 10, "window": 3},),
+        ),
+        "fixed": Side({"name": "sft-sparse"}, lr=2e-3),
+        "lora": Side({"name": "lora", "rank": 8}, lr=2e-3),
+    },
+    expects=[
+        Expect("growing", "fixed"),
+        Expect("growing", "lora"),
+    ],
+)

@@ -1,0 +1,240 @@
+"""Runs a claim: every side with every seed, in turn; keeps each finished run; judges; writes the result.
+
+A script under `claims/` calls `run` once. A run that was finished before, with the same settings, is not repeated.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rankfold
+from claims.tasks import TASKS, Loaded, load
+from rankfold.core.files import write_whole
+from rankfold.train.places import cache_dir
+from rankfold.train.trainer import parameter_groups
+
+RESULTS = Path(__file__).parent / "results"
+Components = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to adapt the model, in a recipe's words. None leaves the task's own choice."""
+
+    method: Mapping[str, Any]
+    lr: float
+    init: Mapping[str, Any] | None = None
+    callbacks: Components = ()
+    targets: Sequence[str] | str | None = None
+    steps: int | None = None
+    weight_decay: float = 0.0
+    calibration: int = 0  # batches that the init sees
+    of_old: bool = False  # these are texts of what the model knew before, not of the task
+
+
+@dataclass(frozen=True)
+class Expect:
+    """`smaller` is below `larger` in `measure`; `by` allows `smaller` to be above by so much (a claim of "within")."""
+
+    smaller: str
+    larger: str
+    measure: str = "held-out loss"
+    by: float = 0.0
+
+
+@dataclass
+class Run:
+    """What a measure of a claim's own gets to see after the training."""
+
+    loaded: Loaded
+    adapter: rankfold.Adapter
+    seed: int
+    losses: list[float]
+    found: dict[str, float] = field(default_factory=dict)
+
+
+Measure = Callable[[Run], Mapping[str, float]]
+
+
+def forgetting(run: Run) -> dict[str, float]:
+    """Loss, after the training, on texts of another source."""
+    return {"loss on other texts": run.loaded.old_loss()}
+
+
+def run(
+    claim: str,
+    task: str,
+    sides: Mapping[str, Side],
+    expects: Sequence[Expect],
+    *,
+    source: str,
+    seeds: Sequence[int] = (0, 1, 2),
+    measure: Measure | None = None,
+    note: str = "",
+) -> None:
+    """Try `claim` and write `claims/results/<slug>.json`, where slug is the name of the calling script.
+
+    Every expectation is judged over the seeds by the paired differences: it holds if their mean is on its side by more
+    than its standard error, does not hold if it is on the other side by more than that, and is inconclusive between.
+    """
+    script = Path(sys.argv[0]).resolve()
+    arguments = argparse.ArgumentParser(description=claim)
+    arguments.add_argument("--again", action="store_true", help="forget the runs that were finished before")
+    again = arguments.parse_args().again
+    torch.set_num_threads(2)
+    slug, axis = script.stem.replace("_", "-"), script.parent.name
+    kept = cache_dir() / "claims" / f"{slug}.json"
+    finished: dict[str, dict[str, float]] = {}
+    if kept.exists() and not again:
+        finished = json.loads(kept.read_text())
+    numbers: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for seed in seeds:
+        for name, side in sides.items():
+            key = _key(script, TASKS[task], side, seed)
+            if key not in finished:
+                finished[key] = train(load(task), side, seed, measure)
+                write_whole(kept, json.dumps(finished, indent=1))
+            numbers[name].append(finished[key])
+            print(f"{slug} seed {seed} {name}: {_line(finished[key])}", flush=True)
+    verdicts = [_judge(numbers, expect) for expect in expects]
+    result = {
+        "slug": slug,
+        "axis": axis,
+        "source": source,
+        "claim": claim,
+        "command": f"python -m claims.{axis}.{script.stem}",
+        "model": TASKS[task].model,
+        "data": TASKS[task].data,
+        "seeds": list(seeds),
+        "sides": {name: {**_settings(side), "runs": numbers[name]} for name, side in sides.items()},
+        "expectations": verdicts,
+        "verdict": _together([verdict["verdict"] for verdict in verdicts]),
+        "note": note,
+    }
+    write_whole(RESULTS / f"{slug}.json", json.dumps(result, indent=1) + "\n")
+    print(f"{slug}: {result['verdict']}")
+
+
+def train(loaded: Loaded, side: Side, seed: int, measure: Measure | None = None) -> dict[str, float]:
+    """One run: attach, train, evaluate, detach. The base model is left as it was."""
+    torch.manual_seed(seed)
+    loaded.fresh_heads(seed)
+    model, task = loaded.model, loaded.task
+    batches, started = loaded.batches(seed), time.perf_counter()
+    init = None if side.init is None else _build(side.init)
+    # From another part of the order: a start must not see the very batches that the first steps train on.
+    fresh = loaded.old_batches(side.calibration) if side.of_old else loaded.batches(1000 + seed)
+    calibration = list(islice(fresh, side.calibration)) or None
+    targets = side.targets or task.targets
+    adapter = rankfold.attach(
+        model,
+        _build(side.method),
+        targets=targets if isinstance(targets, str) else list(targets),
+        init=init,
+        seed=seed,
+        modules_to_save=loaded.in_full,
+        calibration=calibration,
+    )
+    try:
+        callbacks = [_build(one) for one in side.callbacks]
+        for callback in callbacks:
+            callback.on_attach(adapter, model)
+        heads = {id(p) for copied in adapter.modules.values() for p in copied.parameters()}
+        groups = []
+        for group in parameter_groups(adapter, callbacks, side.lr, side.weight_decay):
+            inside = [p for p in group["params"] if id(p) not in heads]
+            outside = [p for p in group["params"] if id(p) in heads]
+            groups += [{**group, "params": inside}] if inside else []
+            groups += [{**group, "params": outside, "lr": task.head_lr}] if outside else []
+        optimizer = torch.optim.AdamW(groups)
+        steps = side.steps or task.steps
+        warm_up = max(1, steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda t: min(1.0, (t + 1) / warm_up) * (1 + math.cos(math.pi * t / steps)) / 2,
+        )
+        for callback in callbacks:
+            callback.on_start(optimizer, steps)
+        begin, losses = loaded.evaluate(), []
+        model.train()
+        for step, batch in enumerate(islice(batches, steps)):
+            loss = model(**batch).loss
+            losses.append(loss.item())
+            penalties = [p for callback in callbacks if (p := callback.penalty()) is not None]
+            torch.stack([loss, *penalties]).sum().backward()
+            torch.nn.utils.clip_grad_norm_(list(adapter.parameters()), 1.0)
+            for callback in callbacks:
+                callback.before_step(step)
+            optimizer.step()
+            for callback in callbacks:
+                callback.after_step(step)
+            schedule.step()
+            optimizer.zero_grad()
+        found = {
+            **loaded.evaluate(),
+            "held-out loss before": begin["held-out loss"],
+            "training loss": statistics.fmean(losses[-5:]),
+            "parameters": float(
+                adapter.num_parameters() - sum(p.numel() for p in adapter.parameters() if id(p) in heads)
+            ),
+            "seconds": time.perf_counter() - started,
+        }
+        if measure is not None:
+            found |= measure(Run(loaded, adapter, seed, losses, found))
+    finally:
+        rankfold.detach(model)
+        model.eval()
+    return {name: float(f"{value:.6g}") for name, value in found.items()}
+
+
+def _build(described: Mapping[str, Any]) -> Any:
+    hyperparameters = dict(described)
+    return rankfold.build(hyperparameters.pop("name"), **hyperparameters)
+
+
+def _settings(side: Side) -> dict[str, Any]:
+    return {key: value for key, value in vars(side).items() if value not in (None, (), 0, 0.0)}
+
+
+def _key(script: Path, task: Any, side: Side, seed: int) -> str:
+    """Changes with whatever the run depends on: the task, the side's settings, the script's own measure."""
+    described = json.dumps([vars(task), vars(side), seed, script.read_text()], sort_keys=True, default=str)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def _judge(numbers: Mapping[str, Sequence[Mapping[str, float]]], expect: Expect) -> dict[str, Any]:
+    small, large = ([one[expect.measure] for one in numbers[side]] for side in (expect.smaller, expect.larger))
+    differences = [b - a + expect.by for a, b in zip(small, large, strict=True)]
+    mean = statistics.fmean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    verdict = "holds" if mean > error else "does not hold" if mean < -error else "inconclusive"
+    within = f" (at most {expect.by:g} above)" if expect.by else ""
+    return {
+        "expectation": f"{expect.measure}: {expect.smaller} below {expect.larger}{within}",
+        "means": {expect.smaller: statistics.fmean(small), expect.larger: statistics.fmean(large)},
+        "difference": mean,
+        "standard error": error,
+        "verdict": verdict,
+    }
+
+
+def _together(verdicts: Sequence[str]) -> str:
+    for worst in ("does not hold", "inconclusive"):
+        if worst in verdicts:
+            return worst
+    return "holds"
+
+
+def _line(found: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in found.items())

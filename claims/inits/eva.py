@@ -1,0 +1,18 @@
+"""EVA's start against a random one and PiSSA's."""
+
+from claims.harness import Expect, Side, run
+
+run(
+    claim="After few steps the loss is below LoRA's and below PiSSA's at equal total rank.",
+    source="arXiv 2410.07170",
+    task="digits",
+    sides={
+        "eva": Side({"name": "lora", "rank": 8}, lr=2e-3, init={"name": "eva"}, calibration=8),
+        "lora": Side({"name": "lora", "rank": 8}, lr=2e-3),
+        "pissa": Side({"name": "lora", "rank": 8}, lr=2e-3, init={"name": "pissa"}),
+    },
+    expects=[
+        Expect("eva", "lora"),
+        Expect("eva", "pissa"),
+    ],
+)

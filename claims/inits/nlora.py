@@ -1,0 +1,18 @@
+"""NLoRA's Nyström start, SLoRA and LoRA at equal rank."""
+
+from claims.harness import Expect, Side, run
+
+run(
+    claim="After a fixed number of steps NLoRA's loss is below SLoRA's and SLoRA's below LoRA's at equal rank.",
+    source="arXiv 2502.14482",
+    task="digits",
+    sides={
+        "nlora": Side({"name": "slora", "rank": 8}, lr=2e-3, init={"name": "nlora"}),
+        "slora": Side({"name": "slora", "rank": 8}, lr=2e-3),
+        "lora": Side({"name": "lora", "rank": 8}, lr=2e-3),
+    },
+    expects=[
+        Expect("nlora", "slora", "training loss"),
+        Expect("slora", "lora", "training loss"),
+    ],
+)
