@@ -19,6 +19,7 @@ from rankfold.core.calibration import (
     InputPCA,
     InputSecondMoment,
     MeanGradient,
+    SampleCovariance,
     Statistic,
     calibrate,
 )
@@ -31,7 +32,7 @@ from tests.quantizers import QUANTIZERS
 
 DOUBLE = torch.float64
 INPUTS = [InputCovariance(), InputSecondMoment(), InputPCA(3, tolerance=1.0)]
-ALL = [*INPUTS, MeanGradient()]
+ALL = [*INPUTS, SampleCovariance(), MeanGradient()]
 
 
 def rng(seed=0):
@@ -137,6 +138,60 @@ def test_covariance_and_second_moment_worked_numbers():
     # XᵀX = [[1+9+4, 2+0+4], [6, 4+0+4]] over 3 tokens
     torch.testing.assert_close(found.get(InputCovariance(), "only"), torch.tensor([[14.0, 6.0], [6.0, 8.0]]) / 3)
     torch.testing.assert_close(found.get(InputSecondMoment(), "only"), torch.tensor([14.0, 8.0]) / 3)
+
+
+def test_covariance_of_samples_worked_numbers():
+    model = Net(only=nn.Linear(2, 1, bias=False))
+    # Divided by their largest signed entries 2, |-1| and, where that is 0, the largest magnitude 4.
+    first, second, third = [[1.0, 2.0], [-6.0, 0.0]], [[-1.0, -2.0], [-4.0, -3.0]], [[0.0, -4.0], [-2.0, 0.0]]
+    # XᵀX = [[1/4+9, 1/2], [1/2, 1]], [[1+16, 2+12], [14, 4+9]], [[1/4, 0], [0, 1]], over 3 samples
+    expected = torch.tensor([[26.5, 14.5], [14.5, 15.0]]) / 3
+    for batches in ([torch.tensor([first, second, third])], [torch.tensor([first]), torch.tensor([second, third])]):
+        found = calibrate(model, batches, [SampleCovariance()], ["only"]).get(SampleCovariance(), "only")
+        torch.testing.assert_close(found, expected)
+    # A batch of plain vectors is one sample.
+    found = calibrate(model, [torch.tensor(first)], [SampleCovariance()], ["only"]).get(SampleCovariance(), "only")
+    torch.testing.assert_close(found, torch.tensor([[9.25, 0.5], [0.5, 1.0]]))
+
+
+def by_sample(samples):
+    samples = [X / X.max().abs() for X in samples]
+    return sum(X.T @ X for X in samples) / len(samples)
+
+
+def test_samples_without_padding():
+    """Masked tokens are in no sample, also where they hold the largest entry, and a row without tokens is none."""
+    model, batches = llama(), text_batches()
+    batches[1]["attention_mask"][0] = 0
+    name = "model.layers.1.mlp.down_proj"
+    found = calibrate(model, batches, [SampleCovariance()]).get(SampleCovariance(), name)
+    kept = [(b["attention_mask"] * (b["labels"] != -100)).bool() for b in batches]
+    samples = [
+        row[mask]
+        for x, masks in zip(inputs_of(model, batches, name), kept, strict=True)
+        for row, mask in zip(x, masks, strict=True)
+        if mask.any()
+    ]
+    assert len(samples) == 5
+    torch.testing.assert_close(found, by_sample(samples))
+
+
+def test_pictures_and_flattened_tokens_are_samples():
+    net, x = Net(conv=nn.Conv2d(4, 6, 3, groups=2)).to(DOUBLE), randn(3, 4, 5, 6)
+    found = calibrate(net, [x], [SampleCovariance()], ["conv"]).get(SampleCovariance(), "conv")
+    patches = F.unfold(x, 3).reshape(3, 2, 18, -1).transpose(-1, -2).reshape(3, -1, 18)
+    torch.testing.assert_close(found, by_sample(patches))
+
+    class Flat(Net):  # as a mixture of experts does
+        def forward(self, input_ids, attention_mask):
+            return self.only(self.table(input_ids).flatten(0, 1))
+
+    flat = Flat(table=nn.Embedding(9, 4), only=nn.Linear(4, 2)).to(DOUBLE)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    found = calibrate(flat, [batch], [SampleCovariance()], ["only"]).get(SampleCovariance(), "only")
+    rows = flat.table.weight.detach()
+    torch.testing.assert_close(found, by_sample([rows[[1, 2, 3]], rows[[4, 5]]]))
 
 
 def test_pca_is_centred():

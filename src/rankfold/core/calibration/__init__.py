@@ -25,6 +25,7 @@ from rankfold.core.calibration.statistics import (
     InputPCA,
     InputSecondMoment,
     MeanGradient,
+    SampleCovariance,
     Statistic,
 )
 from rankfold.core.calibration.surroundings import Bar, at_rest
@@ -39,6 +40,7 @@ __all__ = [
     "InputPCA",
     "InputSecondMoment",
     "MeanGradient",
+    "SampleCovariance",
     "Statistic",
     "calibrate",
 ]

@@ -32,6 +32,22 @@ class CovarianceAccumulator(Accumulator):
         return {"value": self.total / self.tokens}  # type: ignore[operator]
 
 
+class SampleCovarianceAccumulator(Accumulator):
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.samples = 0
+
+    def add(self, X: Tensor) -> None:
+        self.total = X.new_zeros(X.shape[1], X.shape[1]) if self.total is None else self.total
+        largest = X.max().abs()
+        X = X / torch.where(largest > 0, largest, X.abs().max().clamp(min=torch.finfo(X.dtype).tiny))
+        self.total.addmm_(X.mT, X)
+        self.samples += 1
+
+    def result(self, batches: int) -> dict[str, Tensor]:
+        return {"value": self.total / self.samples}  # type: ignore[operator]
+
+
 class SecondMomentAccumulator(Accumulator):
     def __init__(self) -> None:
         self.total: Tensor | None = None

@@ -44,19 +44,23 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def tokens(target: Target, x: Tensor, masks: dict[tuple[int, ...], Tensor]) -> Tensor:
-    """The site's inputs as X (tokens, in) in its dtype, without the tokens that are masked."""
+def tokens(target: Target, x: Tensor, masks: dict[tuple[int, ...], Tensor]) -> tuple[Tensor, list[int]]:
+    """The site's inputs as X (tokens, in) in its dtype, without those that are masked, and how many each sample has."""
     site = target.site
     if site.kind == "conv":
-        return _patches(target.layer, x.to(site.dtype)).transpose(-1, -2).reshape(-1, site.in_)
+        pictures = _patches(target.layer, x.to(site.dtype)).transpose(-1, -2)
+        X = pictures.reshape(-1, site.in_)
+        return X, [len(X) // len(pictures)] * len(pictures)
     ids = site.kind == "embedding"
     lead = tuple(x.shape) if ids else tuple(x.shape[:-1])
     x = x.reshape(-1) if ids else x.reshape(-1, site.in_)
     # A mixture of experts flattens (batch, length) before its layers.
     mask = next((m for shape, m in masks.items() if lead in (shape, (m.numel(),))), None)
     if mask is not None:
-        x = x[mask.reshape(-1).to(x.device)]
-    return _one_hot(x, site) if ids else x.to(site.dtype)
+        x, lengths = x[mask.reshape(-1).to(x.device)], mask.sum(1).tolist()
+    else:
+        lengths = [len(x) // lead[0]] * lead[0] if len(lead) > 1 and lead[0] else [len(x)]
+    return _one_hot(x, site) if ids else x.to(site.dtype), lengths
 
 
 def _one_hot(ids: Tensor, site: Site) -> Tensor:

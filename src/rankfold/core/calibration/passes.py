@@ -134,10 +134,12 @@ class Pass:
         if not cells:
             return
         with torch.autocast(x.device.type, enabled=False):
-            X = tokens(target, x, self.masks)
+            X, lengths = tokens(target, x, self.masks)
             self.check_finite(X, f"the input of {name}")
             for cell in cells if X.shape[0] else ():
-                cell.add(X)
+                for sample in X.split(lengths) if cell.statistic.by_sample else (X,):
+                    if len(sample):
+                        cell.add(sample)
 
     def open_stream(self, target: Target, x: Tensor) -> _Stream:
         """The stream of a site that is reached for the first time: another site's, if that has just seen the same x."""

@@ -12,6 +12,7 @@ from rankfold.core.calibration.accumulators import (
     CovarianceAccumulator,
     IncrementalPCA,
     MeanGradientAccumulator,
+    SampleCovarianceAccumulator,
     SecondMomentAccumulator,
 )
 from rankfold.core.delta import Site
@@ -25,10 +26,13 @@ class Statistic(Generic[T]):
     """A question about one site; its answer is a T. Subclasses are frozen dataclasses, so equal questions are shared.
 
     Statistics of inputs get, batch by batch, the tokens' inputs `X (tokens, in)`; those with `of_gradient` get each
-    use's gradient `G (out, in)`. Both come in the site's dtype (float32, or float64 for a float64 model).
+    use's gradient `G (out, in)`. Both come in the site's dtype (float32, or float64 for a float64 model). With
+    `by_sample` a batch's X comes in one piece for each of its samples: a sequence, a picture. A batch of plain
+    vectors, (rows, in), is one sample.
     """
 
     of_gradient: ClassVar[bool] = False
+    by_sample: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -64,7 +68,7 @@ class Statistic(Generic[T]):
 
 @dataclass(frozen=True)
 class InputCovariance(Statistic[Tensor]):
-    """`XᵀX / tokens (in, in)`: the inputs' second moments, not centred (CorDA, GPTQ, EoRA)."""
+    """`XᵀX / tokens (in, in)`: the inputs' second moments, not centred (GPTQ, EoRA)."""
 
     def refuses(self, site: Site) -> str | None:
         if site.kind == "embedding":
@@ -93,6 +97,19 @@ class InputSecondMoment(Statistic[Tensor]):
 
     def read(self, tensors: dict[str, Tensor]) -> Tensor:
         return tensors["value"]
+
+
+@dataclass(frozen=True)
+class SampleCovariance(InputCovariance):
+    """`Σ XᵀX / samples (in, in)`, over samples that are each divided by |max X| first (CorDA).
+
+    max X is the sample's largest signed entry; its largest magnitude where that is 0.
+    """
+
+    by_sample: ClassVar[bool] = True
+
+    def accumulator(self, site: Site) -> Accumulator:
+        return SampleCovarianceAccumulator()
 
 
 class PCA(NamedTuple):
