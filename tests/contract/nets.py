@@ -92,7 +92,7 @@ def scramble(adapter: rankfold.Adapter, seed: int = 3) -> rankfold.Adapter:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter.parameters():
-            size = parameter.abs().mean().clamp(min=0.05).item()
+            size = parameter.abs().mean().clamp(min=0.2).item()
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_((0.5 * size * noise).to(parameter.dtype))
     return adapter

@@ -300,11 +300,11 @@ def test_an_adapter_that_cannot_train_is_refused(slug: str, monkeypatch: pytest.
     probe = attach(net(), slug)
     delta = next(iter(probe.deltas.values()))
     if not delta.startable:
-        pytest.skip("not a product of two trainable factors")
+        pytest.skip("not a product of two factors of its own")
 
     def zero(self: rankfold.Delta, rng: torch.Generator) -> None:
-        for parameter in self.parameters():
-            torch.nn.init.zeros_(parameter)
+        for tensor in (*self.parameters(), *self.buffers()):
+            torch.nn.init.zeros_(tensor)
 
     monkeypatch.setattr(type(delta), "start", zero)
     with pytest.raises(rankfold.RankfoldError, match="never train"):

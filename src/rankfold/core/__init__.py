@@ -2,7 +2,7 @@
 
 from rankfold.core.component import Component
 from rankfold.core.delta import Delta, Site, fill
-from rankfold.core.factored import Factored
+from rankfold.core.factored import Factored, LowRank
 from rankfold.core.method import Callback, Dropout, Init, Method, Rank, Start
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Dropout",
     "Factored",
     "Init",
+    "LowRank",
     "Method",
     "Rank",
     "Site",

@@ -45,8 +45,8 @@ def attach(
             regular expression for whole paths, a list of path suffixes, or a callable `(path, module) -> bool`.
         name: letters, digits and `_ + = @ -`; must be new on this model.
         init: where the factors start; None is the method's own start.
-        fold: keep a copy of each adapted weight with the init's offset taken out. Forwards then multiply by rank r
-            instead of 2r; the base itself stays untouched. Only for inits that have an offset.
+        fold: keep a copy of each adapted weight with the offset taken out. Forwards then multiply by rank r instead
+            of 2r; the base itself stays untouched. Only for inits and methods that have an offset.
         seed: fixes every random start, site by site, so that more or fewer targets do not change the others.
         overrides: other hyperparameters for some sites: `{"q_proj": {"rank": 16}}`; keys are path suffixes or
             regular expressions for whole paths, the first that matches counts.
@@ -81,8 +81,6 @@ def attach(
             if fold:
                 fold_offset(delta)
 
-    if fold and init is None:
-        raise RankfoldError("fold=True folds an init's offset into the weights, and there is no init")
     copies = _modules_in_full(model, modules_to_save, matched)
     return build_adapter(
         model, matched, method, methods, name, fill, init=init, seed=seed, targets=targets, copies=copies, dtype=dtype
@@ -294,7 +292,10 @@ def _check_alive(delta: Delta) -> None:
 
 def fold_offset(delta: Delta) -> None:
     if "A0" not in delta._buffers:
-        raise RankfoldError("fold=True folds an init's offset into the weights, and this init has none")
+        raise RankfoldError(
+            f"fold=True folds an offset into the weights, and there is none at {delta.site.name}: neither the method "
+            "nor an init takes anything out of them"
+        )
     weight = delta.site.stored
     if not is_plain(weight):
         raise UnsupportedError(

@@ -1,11 +1,29 @@
 """The core between two factors, `ΔW = s · B M A`: a good part of the low-rank methods are settings of it."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
 from rankfold.core.delta import Delta, Site
+from rankfold.core.method import Dropout, Method, Rank
+
+
+class LowRank(Method):
+    """The hyperparameters of a product `ΔW = s B M A`: its rank r, α in `s = α / r` (None is α = r), dropout."""
+
+    rank: Rank = 8
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: Dropout = 0.0
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def refuses(self, site: Site) -> str | None:
+        largest = min(site.in_, site.out)
+        return f"rank {self.rank} is over the layer's size, at most {largest} fits" if self.rank > largest else None
 
 
 class Factored(Delta):
@@ -32,6 +50,10 @@ class Factored(Delta):
     @property
     def M(self) -> Tensor:
         return getattr(self, self.middle)
+
+    @property
+    def diagonal(self) -> nn.Parameter | None:
+        return getattr(self, self.middle) if self.middle in self.trained and not self.full else None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return (self.B @ self.M if self.full else self.B * self.M[..., None, :]), self.A

@@ -35,7 +35,7 @@ class Orthogonality(Callback):
         norms = []
         for delta in self._deltas:
             B, A = (delta.B, delta.A) if _trained(delta) else delta.factors()
-            norms += [_departure(A), _departure(B.mT)]
+            norms += [departure(A), departure(B.mT)]
         return self.weight * torch.cat(norms).mean()
 
 
@@ -44,7 +44,7 @@ def _trained(delta: Delta) -> bool:
     return "A" in delta._parameters and "B" in delta._parameters
 
 
-def _departure(M: Tensor) -> Tensor:
+def departure(M: Tensor) -> Tensor:
     """‖M Mᵀ − I‖_F, one for each matrix: M (..., r, n) -> (matrices,)."""
     eye = torch.eye(M.shape[-2], dtype=M.dtype, device=M.device)
     return torch.linalg.matrix_norm(M @ M.mT - eye).reshape(-1)

@@ -1,0 +1,52 @@
+"""SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation. Cao 2024, arXiv 2409.00055."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from rankfold.core import Factored, LowRank, Site
+from rankfold.core.linalg import svd
+
+
+class SORSA(LowRank):
+    """Train the r leading singular triples of W themselves: `W' = W_r + s B diag(λ) A`.
+
+        W = U diag(σ) Vᵀ,  B₀ = U_r, λ₀ = σ_r, A₀ = V_rᵀ, all trained;  W_r = W − s U_r diag(σ_r) V_rᵀ
+
+    W_r is W with an offset, so the layer starts as it was for every s; s = 1 unless α is given. An init's start takes
+    the place of this one. The SVD runs in float32; the authors mean it to, but theirs stays in the stored dtype.
+
+    The regulariser that keeps the vectors orthonormal, so that λ carries the scale, is the callback `orthogonality`
+    with weight γ / η_max = 13.3 (γ 4e-4, peak learning rate η_max 3e-5). The authors add its gradient after clipping;
+    here it is part of the loss.
+    """
+
+    slug: ClassVar[str] = "sorsa"
+    title: ClassVar[str] = (
+        "SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of Large Language Models"
+    )
+    source: ClassVar[str] = "arXiv 2409.00055"
+
+    def delta(self, site: Site, shared: nn.Module | None) -> "SORSADelta":
+        return SORSADelta(site, self.rank, self.scale, self.dropout)
+
+    def count(self, site: Site) -> int:
+        return self.rank * (site.in_ + site.out + 1)
+
+
+class SORSADelta(Factored):
+    """B (out, r), lam (r,), A (r, in)."""
+
+    middle: ClassVar[str] = "lam"
+    trained: ClassVar[frozenset[str]] = frozenset({"B", "lam", "A"})
+    lam: torch.Tensor
+
+    def start(self, rng: torch.Generator) -> None:
+        U, S, Vt = svd(self.W, self.lam.shape[-1])
+        self.set_start(U, Vt, torch.diag_embed(S), offset=True)
+
+    def set_start(self, *start: Any, **options: Any) -> None:
+        for name in ("B0", "A0"):  # an init comes after `start`, whose offset belongs to a product that is gone then
+            self._buffers.pop(name, None)
+        super().set_start(*start, **options)
