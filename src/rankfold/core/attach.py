@@ -12,6 +12,7 @@ from rankfold.core.adapter import Adapter
 from rankfold.core.calibration import Calibration, Statistic, calibrate
 from rankfold.core.component import build
 from rankfold.core.delta import Delta, Site
+from rankfold.core.factored import Factored
 from rankfold.core.layers import Adapted, AdaptedModule, FullCopy, adapt_layer, home, restore_layer
 from rankfold.core.method import Init, Method
 from rankfold.core.quantized import is_plain
@@ -283,9 +284,11 @@ def _check_alive(delta: Delta) -> None:
     product = delta.factors() if delta.form == "factors" else (delta.B, delta.A) if delta.startable else None
     frozen = [delta._buffers[letter] for letter in ("B", "A") if letter in delta._buffers] if delta.startable else []
     dead = product is not None and not any(bool(factor.any()) for factor in reversed(product))  # B is most often zero
+    if isinstance(delta, Factored):  # of three factors two are enough
+        dead = sum(not bool(factor.any()) for factor in (delta.B, delta.M, delta.A)) > 1
     if dead or not all(bool(factor.any()) for factor in frozen if factor is not None):
         raise RankfoldError(
-            f"{type(delta).__name__} at {delta.site.name} starts with {'both factors' if dead else 'a frozen factor'} "
+            f"{type(delta).__name__} at {delta.site.name} starts with {'two factors' if dead else 'a frozen factor'} "
             "zero: it has no gradient and can never train"
         )
 

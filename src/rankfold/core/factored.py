@@ -1,6 +1,6 @@
 """The core between two factors, `ΔW = s · B M A`: a good part of the low-rank methods are settings of it."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -71,3 +71,12 @@ class Factored(Delta):
             return eye
         self.M.fill_(1)
         return M
+
+
+class Extracted(Factored):
+    """A product that starts as a part of W, which an offset takes out again: an init's start replaces both."""
+
+    def set_start(self, *start: Any, **options: Any) -> None:
+        for name in ("B0", "A0"):
+            self._buffers.pop(name, None)
+        super().set_start(*start, **options)

@@ -1,11 +1,12 @@
 """SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation. Cao 2024, arXiv 2409.00055."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from rankfold.core import Factored, LowRank, Site
+from rankfold.core import LowRank, Site
+from rankfold.core.factored import Extracted
 from rankfold.core.linalg import svd
 
 
@@ -35,7 +36,7 @@ class SORSA(LowRank):
         return self.rank * (site.in_ + site.out + 1)
 
 
-class SORSADelta(Factored):
+class SORSADelta(Extracted):
     """B (out, r), lam (r,), A (r, in)."""
 
     middle: ClassVar[str] = "lam"
@@ -45,8 +46,3 @@ class SORSADelta(Factored):
     def start(self, rng: torch.Generator) -> None:
         U, S, Vt = svd(self.W, self.lam.shape[-1])
         self.set_start(U, Vt, torch.diag_embed(S), offset=True)
-
-    def set_start(self, *start: Any, **options: Any) -> None:
-        for name in ("B0", "A0"):  # an init comes after `start`, whose offset belongs to a product that is gone then
-            self._buffers.pop(name, None)
-        super().set_start(*start, **options)
