@@ -66,7 +66,7 @@ def attach(
     statistics = _statistics(model, needs, matched, calibration, init.slug if init is not None else "none")
     sites = [target.site for target in matched]
     left_out = _spread(methods, sites, seed)
-    ranks = method.ranks(sites) | ({} if init is None else init.ranks(sites, rank, statistics))
+    ranks = {} if init is None else init.ranks(sites, rank, statistics)
     for site, own in methods.items():
         if ranks.get(site) and ranks[site] != getattr(own, "rank", ranks[site]):
             methods[site] = _with_rank(own, ranks[site])

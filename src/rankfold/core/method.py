@@ -57,10 +57,6 @@ class Method(Component):
     def shared_count(self, sites: Sequence[Site]) -> int:
         return 0
 
-    def ranks(self, sites: Sequence[Site]) -> dict[str, int]:
-        """Sites, by name, that get another rank than the method's, by a rule of its own; 0 leaves a site out."""
-        return {}
-
     def spread(self, sites: Sequence[Site], seed: int) -> dict[str, dict[str, Any] | None]:
         """Hyperparameters that a new adapter gives single sites, by name, out of all of them; None leaves a site out.
 

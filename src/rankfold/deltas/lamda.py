@@ -5,7 +5,7 @@ arXiv 2406.12832.
 
 import heapq
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -41,8 +41,11 @@ class LaMDA(LowRank):
         Literal["equal", "spectral"], Field(description="the same rank for all layers, or LaMDA++")
     ] = "equal"
 
-    def ranks(self, sites: Sequence[Site]) -> dict[str, int]:
-        return spectral_ranks(sites, self.rank * len(sites)) if self.allocation == "spectral" else {}
+    def spread(self, sites: Sequence[Site], seed: int) -> dict[str, dict[str, Any] | None]:
+        if self.allocation == "equal":
+            return {}
+        ranks = spectral_ranks(sites, self.rank * len(sites))  # every layer keeps the scale s = α / r
+        return {name: {"rank": r, "alpha": r * self.scale, "allocation": "equal"} for name, r in ranks.items()}
 
     def delta(self, site: Site, shared: nn.Module | None) -> "LaMDADelta":
         return LaMDADelta(site, self)
