@@ -2,6 +2,7 @@
 
 An inner channel of a feed-forward block is a row of gate and up and a column of down; a group of attention heads that
 share a key and a value is rows of q, k and v and columns of o. S²FT permutes those to have the trained ones in front.
+It is the base that is reordered, before adapters are put on it.
 """
 
 from typing import Any
@@ -24,13 +25,13 @@ def reorder_heads(attention: Any, order: Tensor) -> None:
 
     Where several query heads share a key and a value they move together: any other order would mix them up.
     """
-    kv, head = len(order), attention.k_proj.out_features // len(order)
+    kv = attention.k_proj.out_features // attention.head_dim
+    if len(order) != kv:
+        raise RankfoldError(f"an order of {len(order)} heads for an attention with {kv} keys and values")
     for layer, rows in (
         (attention.q_proj, True), (attention.k_proj, True), (attention.v_proj, True), (attention.o_proj, False)
     ):  # fmt: skip
-        size = (layer.out_features if rows else layer.in_features) // kv  # a multiple of the head's width
-        if size % head:
-            raise RankfoldError(f"{kv} is not the number of key-value heads of this attention")
+        size = (layer.out_features if rows else layer.in_features) // kv  # of all heads with one key and value
         _reorder(layer, (order[:, None] * size + torch.arange(size, device=order.device)).flatten(), rows)
 
 
@@ -43,6 +44,8 @@ def front_first(chosen: Tensor, n: int) -> Tensor:
 
 @torch.no_grad()
 def _reorder(layer: nn.Linear, order: Tensor, rows: bool) -> None:
+    if order.sort().values.tolist() != list(range(layer.weight.shape[0 if rows else 1])):
+        raise RankfoldError("the order is no permutation of the layer's channels")
     layer.weight.copy_(layer.weight.index_select(0 if rows else 1, order))
     if rows and layer.bias is not None:
         layer.bias.copy_(layer.bias[order])

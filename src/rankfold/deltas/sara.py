@@ -56,23 +56,27 @@ def _weight(site: Site) -> Tensor:
 class SaRADelta(Sparse):
     """φ (K,) at the K entries of smallest |W|."""
 
+    frozen: Tensor | None
+
     def __init__(self, site: Site, k: int, threshold: float | None):
         super().__init__(site, k)
-        self.fixed = -1.0 if threshold is None else threshold
+        self.threshold = threshold
+        self.register_buffer("frozen", None, persistent=False)  # which entries the progressive step has stopped
 
     def start(self, rng: torch.Generator) -> None:
         small = self.W.detach().abs().flatten().topk(self.phi.numel(), largest=False).indices
         self.place(small.sort().values)
 
     @property
-    def threshold(self) -> float:
-        """t: the one that was given, or the largest |W| among the entries that were chosen by their share."""
-        return self.fixed if self.fixed > 0 else float(self.at(self.W).abs().max())
-
-    def at(self, W: Tensor) -> Tensor:
-        """W[M] (K,)."""
-        return W.detach().reshape(-1).index_select(0, self.indices).to(self.phi.dtype)
+    def w(self) -> Tensor:
+        """W[M] (K,), as pretrained."""
+        return self.W.detach().reshape(-1).index_select(0, self.indices).to(self.phi.dtype)
 
     def values(self) -> Tensor:
         """W'[M] (K,)."""
-        return self.at(self.W) + self.phi
+        return self.w + self.phi
+
+    def small(self) -> Tensor:
+        """Which entries are below t (K,): the one that was given, or just over the largest that a share chose."""
+        now = self.values().detach().abs()
+        return now <= self.w.abs().max() if self.threshold is None else now < self.threshold

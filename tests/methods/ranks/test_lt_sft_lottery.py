@@ -1,0 +1,191 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rankfold
+from rankfold import LTSFT, LTSFTLottery
+from rankfold.ranks.lt_sft_lottery import largest
+from tests.methods.support import close, draw, linear
+
+
+class Run:
+    def __init__(self, density: float = 0.1, total: int = 12, lr: float = 0.02, head: bool = False, **hyper: Any):
+        self.model = nn.Sequential(linear(draw(8, 6)), nn.Tanh(), linear(0.1 * draw(3, 8, seed=1)))
+        modules = {"modules_to_save": ["2"]} if head else {}
+        targets = ["0"] if head else ["0", "2"]
+        self.adapter = rankfold.attach(self.model, LTSFT(density=density), targets=targets, **modules)
+        self.x, self.target = draw(20, 6, seed=3), draw(20, 3, seed=4)
+        self.callback, self.total, self.step = LTSFTLottery(**hyper), total, 0
+        self.callback.on_attach(self.adapter, self.model)
+        self.lr = lr
+
+    def start(self) -> "Run":
+        self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=self.lr)
+        self.callback.on_start(self.optimizer, self.total)
+        return self
+
+    def update(self, number: int = 1) -> "Run":
+        for _ in range(number):
+            loss = (self.model(self.x) - self.target).square().sum()
+            penalty = self.callback.penalty()
+            (loss if penalty is None else loss + penalty).backward()
+            self.callback.before_step(self.step)
+            self.optimizer.step()
+            self.callback.after_step(self.step)
+            self.optimizer.zero_grad()
+            self.step += 1
+        return self
+
+    def changes(self) -> dict[str, torch.Tensor]:
+        return {site: delta.update().detach() for site, delta in self.adapter.deltas.items()}
+
+
+def test_worked_mask():
+    """θ₁ − θ₀ = (0.3, −0.5, 0.1, 0.05), K 2 → (1, 1, 0, 0)."""
+    assert largest({"a": torch.tensor([0.3, -0.5, 0.1, 0.05])}, 2)["a"].tolist() == [0, 1]
+
+
+def test_the_threshold_is_one_for_all_weights():
+    changes = {"a": torch.tensor([0.0, 3, -1]), "b": torch.tensor([0.1, 0.2]), "c": torch.tensor([-9.0, 0, 0, 2])}
+    assert {n: p.tolist() for n, p in largest(changes, 3).items()} == {"a": [1], "b": [], "c": [0, 3]}
+    tied = largest({"a": torch.ones(4), "b": torch.ones(4)}, 3)
+    assert sum(p.numel() for p in tied.values()) == 3
+
+
+def test_the_dense_phase_is_full_fine_tuning():
+    run = Run(steps=4).start()
+    assert [delta.phi.numel() for delta in run.adapter.deltas.values()] == [48, 24]
+    plain = [
+        run.model[0].weight.detach().clone().requires_grad_(),
+        run.model[2].weight.detach().clone().requires_grad_(),
+    ]
+    optimizer = torch.optim.AdamW(plain, lr=0.02, weight_decay=0.0)
+    run.optimizer.param_groups[0]["weight_decay"] = 0.0
+    for _ in range(3):
+        optimizer.zero_grad()
+        y = torch.tanh(run.x @ plain[0].T) @ plain[1].T
+        (y - run.target).square().sum().backward()
+        optimizer.step()
+    run.update(3)
+    for (site, change), W in zip(run.changes().items(), plain, strict=True):
+        close(run.adapter.deltas[site].W + change, W)
+
+
+def test_keeps_the_most_changed_rewinds_and_trains_only_those():
+    run, probe = Run(steps=5).start().update(4), Run(steps=100).start().update(5)
+    changes = {site: change.flatten() for site, change in probe.changes().items()}
+    wanted = largest(changes, 6)
+    assert sum(p.numel() for p in wanted.values()) == 6  # ⌊4.8⌋ + ⌊2.4⌋
+    run.update()
+    for site, delta in run.adapter.deltas.items():
+        assert torch.equal(delta.indices.long(), wanted[site])
+        assert not delta.phi.any()
+        assert delta.phi.dtype == torch.float64
+    assert not run.optimizer.state, "a fresh optimiser state"
+    close(run.model(run.x), torch.tanh(run.x @ run.model[0].weight.T) @ run.model[2].weight.T)
+    run.update(5)
+    for site, delta in run.adapter.deltas.items():
+        assert bool((delta.phi != 0).all())
+        off = torch.ones(delta.size, dtype=torch.bool).index_fill_(0, wanted[site], False)
+        assert not delta.update().flatten()[off].any()
+    cutoff = min(float(changes[s][wanted[s]].abs().min()) for s in changes if len(wanted[s]))
+    others = [changes[s].clone().index_fill_(0, wanted[s], 0).abs().max() for s in changes]
+    assert max(map(float, others)) <= cutoff
+
+
+def test_the_shares_are_saved_and_loaded(tmp_path):
+    run = Run(steps=2).start().update(6)
+    counts = {site: delta.phi.numel() for site, delta in run.adapter.deltas.items()}
+    assert counts != {"0": 4, "2": 2}, "this lottery moved values from one weight to the other"
+    assert {site: method.k for site, method in run.adapter.methods.items()} == counts
+    rankfold.save(run.model, tmp_path)
+    base = Run().model
+    rankfold.detach(base)
+    loaded = rankfold.load(base, tmp_path)
+    assert {site: delta.phi.numel() for site, delta in loaded.deltas.items()} == counts
+    assert torch.equal(base(run.x), run.model(run.x))
+
+
+def test_a_module_in_full_is_rewound_too():
+    run = Run(steps=3, head=True).start()
+    head = run.adapter.modules["2"].module
+    before = head.weight.detach().clone()
+    run.update(2)
+    assert not torch.equal(head.weight, before)
+    run.update()
+    assert torch.equal(head.weight, before)
+    run.update()
+    assert not torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("stop", [3, 5, 8])
+def test_goes_on_after_a_stop(stop: int, tmp_path):
+    """In the dense phase, right after the lottery, and in the sparse phase."""
+    through, first = Run(steps=5).start().update(12), Run(steps=5).start().update(stop)
+    torch.save([first.adapter.state_dict(), first.optimizer.state_dict(), first.callback.on_save()], tmp_path / "a")
+    second = Run(steps=5)
+    tensors, optimizer, callback = torch.load(tmp_path / "a", weights_only=True)
+    second.adapter.load_state_dict(tensors)  # as the trainer: before the optimiser is made
+    second.callback.on_load(callback)
+    second.optimizer = torch.optim.AdamW(second.adapter.parameters(), lr=0.02)
+    second.optimizer.load_state_dict(optimizer)
+    second.callback.on_start(second.optimizer, 12)
+    second.step = stop
+    second.update(12 - stop)
+    for site, delta in second.adapter.deltas.items():
+        assert torch.equal(delta.indices, through.adapter.deltas[site].indices)
+        assert torch.equal(delta.phi, through.adapter.deltas[site].phi)
+    assert second.adapter.methods == through.adapter.methods
+
+
+def test_half_of_the_run_without_a_number():
+    run = Run(total=6).start().update(2)
+    assert sum(delta.phi.numel() for delta in run.adapter.deltas.values()) == 72
+    run.update()
+    assert sum(delta.phi.numel() for delta in run.adapter.deltas.values()) == 6
+    with pytest.raises(rankfold.RankfoldError, match="plan a number"):
+        Run().callback.on_start(run.optimizer, None)
+
+
+def test_the_penalty_has_a_gradient_and_changes_the_mask():
+    """(λ/N) Σ|θ − θ₀|, N = 72 and then 6."""
+    run = Run(steps=5, l1=7.2, l1_sparse=0.6).start()
+    close(run.callback.penalty(), 0, 0)
+    run.update(4)
+    total = sum(delta.phi.detach().abs().sum() for delta in run.adapter.deltas.values())
+    close(run.callback.penalty(), 0.1 * total)
+    run.callback.penalty().backward()
+    close(run.adapter.deltas["0"].phi.grad.abs(), torch.full((48,), 0.1, dtype=torch.float64))
+    run.optimizer.zero_grad()
+    run.update(4)
+    close(run.callback.penalty(), 0.1 * sum(d.phi.detach().abs().sum() for d in run.adapter.deltas.values()))
+    strong, none = Run(steps=20, l1=400).start().update(20), Run(steps=20).start().update(20)
+    places = [torch.cat([d.indices for d in one.adapter.deltas.values()]).tolist() for one in (strong, none)]
+    assert places[0] != places[1]
+    assert none.callback.penalty() is None
+
+
+def test_a_lottery_finds_a_sparse_task_that_a_random_mask_misses():
+    """The task is W with three entries changed; what all entries learn in the first phase shows which."""
+    W, x, losses = draw(8, 6), draw(20, 6, seed=3), []
+    task = W.clone()
+    task.view(-1)[[5, 22, 40]] += torch.tensor([1.5, -1, 1], dtype=torch.float64)
+    for random in (False, True):
+        model = nn.Sequential(linear(W))
+        adapter = rankfold.attach(model, LTSFT(k=3), targets=["0"])
+        callback = LTSFTLottery(steps=40)
+        callback.on_attach(adapter, model)
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05, weight_decay=0.0)
+        callback._drawn = random  # then there is no first phase
+        callback.on_start(optimizer, 100)
+        for step in range(100):
+            loss = (model(x) - x @ task.T).square().sum()
+            loss.backward()
+            optimizer.step()
+            callback.after_step(step)
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        assert (adapter.deltas["0"].indices.tolist() == [5, 22, 40]) != random
+    assert losses[0] < 0.01 * losses[1]
