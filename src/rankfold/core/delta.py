@@ -187,7 +187,10 @@ class Delta(nn.Module):
         An offset is a start `scale · B0 A0` that was taken out of the base: the change is `scale · (B A − B0 A0)`, of
         rank up to 2r. After `fold` the weight lacks it already; `on_base=True` asks for the change to the whole base.
         """
-        B, A = self.factors() if self.form == "factors" else self._low_rank()
+        return self.less_offset(*(self.factors() if self.form == "factors" else self._low_rank()), on_base)
+
+    def less_offset(self, B: Tensor, A: Tensor, on_base: bool = False) -> tuple[Tensor, Tensor]:
+        """The factors B (out, r), A (r, in) with the offset's behind them, as `pair` has it."""
         if "A0" not in self._buffers or (self.is_folded and not on_base):
             return B, A
         return torch.cat([B, -self.B0.to(B.dtype)], -1), torch.cat([A, self.A0.to(A.dtype)], -2)

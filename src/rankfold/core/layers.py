@@ -77,8 +77,11 @@ class Adapted:
         """What the layer computes with the weight W (out, in) and the bias b in place of its own."""
         raise NotImplementedError
 
-    def product(self, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """What the layer computes with the weight `scale · B A` and no bias, through the factors."""
+    def product(self, x: Tensor, A: Tensor, B: Tensor, scale: float, gain: Tensor | None = None) -> Tensor:
+        """What the layer computes with the weight `scale · B A` and no bias, through the factors.
+
+        With `gain (rows, r)` each row of x has a `scale · B diag(gain) A` of its own.
+        """
         raise NotImplementedError
 
     def outwise(self, v: Tensor) -> Tensor:
@@ -89,6 +92,10 @@ class Adapted:
     def channel(self) -> int:
         """The dimension of the output's channels, counted from behind."""
         return -1
+
+    def tags(self, x: Tensor) -> Tensor | int | None:
+        """The integer that the rows of x carry: one for all, one for each (rows,), or None (see `State.tagged`)."""
+        return self._rankfold.tags_of(x)
 
     # ---- the base
 
@@ -150,12 +157,16 @@ class Adapted:
         stack = rows.kept(self, deltas)
         if stack is not None or all(d is None or self.stackable(d) for d in deltas):  # type: ignore[arg-type]
             return self.stacked(x, rows, deltas, stack)
-        return rows.apart(
-            lambda delta, x: super(Adapted, self).forward(x) if delta is None else self.adapted(x, delta),  # type: ignore[misc]
-            deltas,
-            type(self).__name__,
-            x,
-        )
+
+        def one(delta: Delta | None, x: Tensor, tags: Tensor | int | None) -> Tensor:
+            if delta is None:
+                return super(Adapted, self).forward(x)  # type: ignore[misc]
+            if tags is None:
+                return self.adapted(x, delta)
+            with self._rankfold.tagged(tags):  # those of these rows
+                return self.adapted(x, delta)
+
+        return rows.apart(one, deltas, type(self).__name__, x, self.tags(x))
 
     def stackable(self, delta: Delta) -> bool:
         """Whether rows of this delta can share one batched product with rows of others."""
@@ -196,8 +207,9 @@ class AdaptedLinear(Adapted):
     def functional(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
 
-    def product(self, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
+    def product(self, x: Tensor, A: Tensor, B: Tensor, scale: float, gain: Tensor | None = None) -> Tensor:
+        h = F.linear(x, A.to(x.dtype)) * scale
+        return F.linear(h if gain is None else h * _per_row(gain, h), B.to(x.dtype))
 
     def with_factors(self, x: Tensor, delta: Delta) -> Tensor:
         if x.is_nested:  # as `nn.TransformerEncoder` makes them of padded batches
@@ -261,8 +273,9 @@ class AdaptedEmbedding(Adapted):
     def functional(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return self._scaled(self._rows_of(x, W))
 
-    def product(self, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        return self._scaled(F.linear(self._rows_of(x, A) * scale, B))
+    def product(self, x: Tensor, A: Tensor, B: Tensor, scale: float, gain: Tensor | None = None) -> Tensor:
+        h = self._rows_of(x, A) * scale
+        return self._scaled(F.linear(h if gain is None else h * _per_row(gain, h), B))
 
     def with_factors(self, x: Tensor, delta: Delta) -> Tensor:
         B, A = delta.pair()  # ids cannot be dropped out
@@ -295,12 +308,14 @@ class AdaptedConv(Adapted):
     def functional(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return self._conv_forward(x, self.from_matrix(W).to(x.dtype), None if b is None else b.to(x.dtype))  # type: ignore[attr-defined]
 
-    def product(self, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def product(self, x: Tensor, A: Tensor, B: Tensor, scale: float, gain: Tensor | None = None) -> Tensor:
         """A is a convolution to r channels (the same for each group of input channels), B one of kernel 1."""
         groups, kernel = self.groups, self._parameters["weight"].shape[1:]  # type: ignore[attr-defined]
         down = A.reshape(-1, *kernel).repeat(groups, *[1] * len(kernel))
         up = (B * scale).reshape(*B.shape, *[1] * (len(kernel) - 1))
         h = self._conv_forward(x, down.to(x.dtype), None)  # type: ignore[attr-defined]
+        if gain is not None:
+            h = h * gain.repeat(1, groups).to(h.dtype).reshape(*gain.shape[:1], -1, *[1] * (len(kernel) - 1))
         conv = F.conv2d if len(kernel) == 3 else F.conv1d
         return conv(h, up.to(x.dtype), groups=groups)
 
@@ -429,6 +444,11 @@ class FullCopy(nn.Module):
         for parameter in self.module.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
+
+
+def _per_row(gain: Tensor, h: Tensor) -> Tensor:
+    """gain (rows, r) shaped to multiply h (rows, ..., r)."""
+    return gain.to(h.dtype).reshape(gain.shape[0], *[1] * (h.dim() - 2), gain.shape[1])
 
 
 def _stack(deltas: list[Any], rows: Rows) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,7 @@ class State:
         self.active: str | None = None
         self.route: Route = None
         self.last: Rows | None = None
+        self.tags: Tensor | int | None = None
         self.merged: tuple[str, ...] = ()
         self.lock = threading.RLock()
         self.originals: dict[str, Any] = {}
@@ -162,6 +163,31 @@ class State:
                 yield
             finally:
                 self.route = before
+
+    @contextmanager
+    def tagged(self, tags: Tensor | int | None) -> Iterator[None]:
+        """Let the rows of a batch carry an integer (a class, a task) that deltas may go by: one for all, or (rows,).
+
+        Under `lock`, as any change of what forwards do.
+        """
+        before, self.tags = self.tags, tags
+        try:
+            yield
+        finally:
+            self.tags = before
+
+    def tags_of(self, x: Tensor) -> Tensor | int | None:
+        """The tags as x's rows have them: a row of the batch may be several consecutive rows here."""
+        if not isinstance(self.tags, Tensor):
+            return self.tags
+        repeat, rest = divmod(x.shape[0], self.tags.shape[0])
+        if rest or not repeat:
+            raise RankfoldError(
+                f"{self.tags.shape[0]} classes were given, one for each row, but a layer got an input of shape "
+                f"{tuple(x.shape)}: its first dimension must be a multiple of that"
+            )
+        tags = self.tags.to(x.device)
+        return tags if repeat == 1 else tags.repeat_interleave(repeat)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "lock"} | {"last": None}
