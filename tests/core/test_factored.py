@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import rankfold
 from rankfold import DoRA, LoRA, LoRAXS, PiSSA
 from rankfold.core import Init, Site, Start
+from tests.contract.nets import TARGETS, difference, example, net, scramble
 from tests.methods.support import attached, change, close, draw, linear, put
 
 PRODUCTS = ["adalora-svd", "dora", "kasa", "lora", "lora-xs", "slora", "sorsa"]
@@ -78,6 +79,19 @@ def test_a_start_without_an_offset_does_the_same(slug: str):
     assert torch.equal(delta.A, torch.eye(3, 8, dtype=delta.A.dtype))
     losses = train(model, delta)
     assert all(b < a for a, b in itertools.pairwise(losses))
+
+
+@pytest.mark.parametrize("kind", ["conv", "conv1d", "embedding", "experts"])
+@pytest.mark.parametrize("init", ["pissa", "milora", "olora", "nlora"])
+def test_starts_from_the_weight_fit_every_kind_of_layer(init: str, kind: str):
+    for slug in ("lora", "lora-xs", "sorsa"):
+        model, x = net(kind), example(kind)
+        before = model(x)
+        targets = TARGETS.get(kind, ["fc1"] if kind == "embedding" else ["fc1", "fc2"])
+        adapter = rankfold.attach(model, rankfold.build(slug, rank=3), targets=targets, init=rankfold.build(init))
+        assert difference(model(x), before) < 1e-11
+        scramble(adapter)
+        assert difference(model(x), before) > 1e-4
 
 
 def test_a_frozen_factor_of_zero_is_refused():
