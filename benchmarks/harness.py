@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Sides = Mapping[str, Callable[[], Any]]
 
@@ -62,6 +63,18 @@ def interleaved(
                     samples[name].append(seconds)
                     break
     return samples
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """The most bytes that were allocated on the processor at once while it ran, over those at the start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    now = most = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
 
 
 def _others() -> Callable[[], float]:

@@ -166,7 +166,7 @@ def train(loaded: Loaded, side: Side, seed: int, measure: Measure | None = None)
         )
         for callback in callbacks:
             callback.on_start(optimizer, steps)
-        begin, losses = loaded.evaluate(), []
+        losses = []
         model.train()
         for step, batch in enumerate(islice(batches, steps)):
             loss = model(**batch).loss
@@ -183,7 +183,6 @@ def train(loaded: Loaded, side: Side, seed: int, measure: Measure | None = None)
             optimizer.zero_grad()
         found = {
             **loaded.evaluate(),
-            "held-out loss before": begin["held-out loss"],
             "training loss": statistics.fmean(losses[-5:]),
             "parameters": float(
                 adapter.num_parameters() - sum(p.numel() for p in adapter.parameters() if id(p) in heads)

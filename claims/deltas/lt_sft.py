@@ -7,8 +7,8 @@ run(
     source="arXiv 2110.07560",
     task="digits",
     sides={
-        "lottery": Side({"name": "lt-sft"}, lr=2e-3, steps=60, callbacks=({"name": "lt-sft-lottery", "steps": 20},)),
-        "random": Side({"name": "lt-sft"}, lr=2e-3),
+        "lottery": Side({"name": "lt-sft", "density": 0.02}, lr=2e-3, steps=60, callbacks=({"name": "lt-sft-lottery", "steps": 20},)),
+        "random": Side({"name": "lt-sft", "density": 0.02}, lr=2e-3),
     },
     expects=[
         Expect("lottery", "random"),

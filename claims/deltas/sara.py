@@ -10,7 +10,7 @@ run(
     source="arXiv 2409.06633",
     task="maths",
     sides={
-        "sara": Side({"name": "sara"}, lr=1e-3),
+        "sara": Side({"name": "sara", "density": 0.0347}, lr=1e-3),
         "lora": Side({"name": "lora", "rank": 8}, lr=1e-3),
     },
     expects=[

@@ -8,11 +8,11 @@ run(
     task="digits",
     sides={
         "growing": Side(
-            {"name": "sft-sparse", "count": 43008},
+            {"name": "sft-sparse", "total": 516_096},
             lr=2e-3,
             callbacks=({"name": "sft-regrow", "period": 10, "window": 3},),
         ),
-        "fixed": Side({"name": "sft-sparse"}, lr=2e-3),
+        "fixed": Side({"name": "sft-sparse", "total": 516_096}, lr=2e-3),
         "lora": Side({"name": "lora", "rank": 8}, lr=2e-3),
     },
     expects=[
