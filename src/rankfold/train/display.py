@@ -23,6 +23,10 @@ class Display:
         """Around a part of `total` equal pieces; gives what to call after each."""
         return nullcontext(lambda: None)
 
+    def calibrating(self) -> AbstractContextManager[bool]:
+        """Around a calibration; tells whether that shall show a bar of its own."""
+        return nullcontext(False)
+
     def training(self) -> AbstractContextManager[Any]:
         """Around the training itself."""
         return nullcontext()
@@ -66,6 +70,11 @@ class ConsoleDisplay(Display):
         with Bar(console=self.console, transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
+
+    def calibrating(self) -> AbstractContextManager[bool]:
+        if not self.console.is_terminal:
+            self.console.print("calibrating")
+        return nullcontext(self.console.is_terminal)
 
     def training(self) -> AbstractContextManager[Any]:
         return self.run

@@ -171,7 +171,14 @@ class Samples(Section):
 
 
 class Calibration(Section):
-    batches: int = Field(8, gt=0, description="training batches shown to an init that learns from data")
+    """What an init that learns from data is shown. The model is run over it in full, in a bounded memory."""
+
+    batches: int = Field(32, gt=0, description="batches of training rows, drawn with the seed")
+    size: int = Field(1, gt=0, description="rows a batch; activations take memory with each row")
+    memory: float | None = Field(
+        None, gt=0, description="GiB of statistics held at once; else a quarter of the model's own size"
+    )
+    cache: str | None = Field(None, description="folder that keeps the statistics for other runs")
 
 
 class Recipe(Section):

@@ -4,15 +4,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import rankfold
+from rankfold.core.calibration import Calibration
 from rankfold.core.files import write_whole
 from rankfold.errors import RankfoldError
+from rankfold.train.calibrating import collect, targets_of
 from rankfold.train.display import Display
 from rankfold.train.errors import TrainingInterruptedError
 from rankfold.train.inputs import Inputs, load_inputs
@@ -66,8 +67,10 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, display: 
     if main:
         write_whole(output / "recipe.yaml", write_recipe(recipe))
         rewind_metrics(output / "metrics.jsonl", -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
+    statistics = collect(inputs, parts, display) if checkpoint is None else None
     with display.phase("attaching the adapter"):
-        adapter = _attach(inputs, parts, checkpoint)
+        adapter = _attach(inputs, parts, statistics, checkpoint)
+    del statistics
     trainer, progress, interrupt = _trainer(inputs, parts, adapter, output, checkpoint, display)
     _run(trainer, progress, interrupt, checkpoint, display)
     trainer.save_model(str(output / ADAPTER))
@@ -112,7 +115,7 @@ def _last_checkpoint(output: Path) -> Path | None:
     return Path(found) if found else None
 
 
-def _attach(inputs: Inputs, parts: Parts, checkpoint: Path | None) -> rankfold.Adapter:
+def _attach(inputs: Inputs, parts: Parts, statistics: Calibration | None, checkpoint: Path | None) -> rankfold.Adapter:
     recipe, model = inputs.recipe, inputs.model
     if checkpoint is not None:
         adapter = rankfold.load(model, checkpoint / ADAPTER, name=recipe.name)
@@ -121,28 +124,18 @@ def _attach(inputs: Inputs, parts: Parts, checkpoint: Path | None) -> rankfold.A
             # 64, so each gets memory of its own, as it had in the run that is continued.
             tensor.data = tensor.data.clone()
         return adapter
-    statistics = parts.init is not None and parts.init.needs(getattr(parts.method, "rank", 0))
     return rankfold.attach(
         model,
         parts.method,
-        targets=recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets),
+        targets=targets_of(recipe),
         name=recipe.name,
         init=parts.init,
         fold=recipe.fold,
         seed=recipe.seed,
         overrides=recipe.overrides,
         modules_to_save=recipe.modules_to_save or (),
-        calibration=_calibration(inputs) if statistics else None,
+        calibration=statistics,
     )
-
-
-def _calibration(inputs: Inputs) -> list[dict[str, torch.Tensor]]:
-    """Batches of training rows, drawn with the seed."""
-    recipe, rows = inputs.recipe, inputs.data.train
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    size = recipe.batch.size
-    starts = range(0, min(len(drawn), size * recipe.calibration.batches), size)
-    return [inputs.data.collate([rows[i] for i in drawn[start : start + size]]) for start in starts]
 
 
 def _trainer(

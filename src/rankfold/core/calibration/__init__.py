@@ -87,6 +87,7 @@ def calibrate(
     parts: list[dict[str, Tensor] | Path] = []
     with torch.inference_mode(False), at_rest(model), Bar(batches, max_batches, progress) as bar:
         while wanted:
+            bar.expect(_passes(found, wanted, memory_limit))
             one = Pass(found, wanted, memory_limit)
             one.run(model, islice(batches, max_batches), loss, bar)
             tensors = one.results(where, len(parts))
@@ -121,6 +122,14 @@ def _checked(
             if memory_limit is not None and size > memory_limit:
                 raise RankfoldError(f"{statistic!r} at {name} takes {size:,} bytes, over memory_limit={memory_limit:,}")
     return {name: list(distinct) for name in found}
+
+
+def _passes(found: dict[str, Target], wanted: dict[str, list[Statistic[Any]]], limit: int | None) -> int:
+    """How many more passes there will be, or fewer where sites share their inputs."""
+    if limit is None:
+        return 1
+    size = sum(accumulator_bytes(statistic, found[name].site) for name, there in wanted.items() for statistic in there)
+    return -(-size // limit)
 
 
 def _spill(tensors: dict[str, Tensor], path: Path) -> Path:

@@ -38,12 +38,17 @@ class Bar:
 
     def __init__(self, batches: Iterable[Any], max_batches: int | None, wanted: bool):
         length = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-        self.total = min((n for n in (length, max_batches) if n is not None), default=None)
+        self.length = min((n for n in (length, max_batches) if n is not None), default=None)
+        self.total: int | None = None
         self.wanted, self.begin, self.done = wanted, time.monotonic(), 0
         self.bar: Any = None
 
     def __enter__(self) -> "Bar":
         return self
+
+    def expect(self, passes: int) -> None:
+        """So many passes over the batches are to come."""
+        self.total = None if self.length is None else self.done + passes * self.length
 
     def step(self) -> None:
         self.done += 1
@@ -56,8 +61,7 @@ class Bar:
             self.bar = Progress(console=Console(stderr=True), transient=True)
             self.bar.start()
             self.bar.add_task("Calibrating", total=self.total)
-        total = self.total and max(self.total, self.done)  # further passes begin after the first one's end
-        self.bar.update(0, completed=self.done, total=total)
+        self.bar.update(0, completed=self.done, total=self.total)
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
