@@ -53,11 +53,20 @@ class FourierFTDelta(Delta):
             nn.init.zeros_(self.c)
 
     def update(self) -> Tensor:
+        """`Re(ifft2(F))` is ifft2 of F's even part, `(F[u, v] + F[−u, −v]) / 2`; half its columns say the rest."""
         out, n = self.site.out, self.site.in_
-        F = self.c.new_zeros(*self.c.shape[:-1], out * n).index_copy(-1, self.places, self.c)
-        return self.scale * torch.fft.ifft2(F.unflatten(-1, (out, n))).real
+        u, v = self.places // n, self.places % n
+        right, middle = 2 * v > n, v * (n - 2 * v) == 0  # to be read at (−u, −v); columns that mirror in themselves
+        u, v = torch.where(right, (out - u) % out, u), torch.where(right, n - v, v)
+        columns = n // 2 + 1
+        places = torch.cat([u * columns + v, torch.where(middle, (out - u) % out, u) * columns + v])
+        halves = self.c * torch.where(middle, 0.5, 0.25).to(self.c.dtype)
+        H = self.c.new_zeros(*self.c.shape[:-1], out * columns).index_add(-1, places, torch.cat([halves, halves], -1))
+        return self.scale * torch.fft.irfft2(H.unflatten(-1, (out, columns)), (out, n))
 
 
 @functools.lru_cache(32)
+@torch.inference_mode(False)  # what is kept may meet a backward later
 def random_places(size: int, n: int, seed: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:n].clone()
+    """n of the numbers below size, in the order in which PEFT draws them."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")[:n].clone()

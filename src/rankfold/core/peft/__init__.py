@@ -46,9 +46,10 @@ _TASKS = (
 def export_peft(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
     """Write an adapter (default: the active one) into a folder that `peft.PeftModel.from_pretrained` and vLLM load.
 
-    LoRA, DoRA, VeRA, (IA)³, RandLoRA, MiSS and Bone (PEFT's MiSS too) have a form of their own in PEFT, with the same
-    tensors. A LoRA whose start was taken out of the base (PiSSA, ...) becomes the plain LoRA of rank 2r that does the
-    same. Any other method with a ΔW goes by way of `rankfold.as_lora`, whose adapter is a plain LoRA.
+    LoRA, DoRA, AdaLoRA's SVD, VeRA, (IA)³, RandLoRA, MiSS, Bone (PEFT's MiSS too), OFT, BOFT, LoHa, LoKr and FourierFT
+    have a form of their own in PEFT, with the same tensors. A LoRA whose start was taken out of the base (PiSSA, ...)
+    becomes the plain LoRA of rank 2r that does the same. Any other method with a ΔW goes by way of `rankfold.as_lora`,
+    whose adapter is a plain LoRA.
 
     vLLM serves plain LoRAs of linear layers whose rank is at most its `max_lora_rank`. It reads `r` and `lora_alpha`
     but no `rank_pattern`, `alpha_pattern` or `modules_to_save`: give it an adapter with one rank and one alpha.
@@ -237,6 +238,7 @@ class _Reader:
         self.keys: dict[tuple[str, str], str] = {}  # (path of the layer, PEFT's name) -> name in the file
         self.shared: dict[str, list[str]] = {}  # PEFT's name -> names in the file: it may repeat what layers share
         self.whole: dict[str, str] = {}  # path of a tensor of the base, or of a module in full -> name in the file
+        self.without_rank = format.without_rank(options)
         self._sort()
 
     def _sort(self) -> None:
@@ -255,6 +257,8 @@ class _Reader:
             if found["rest"] == ".bias":
                 raise UnsupportedError(f"{key!r}: a LoRA's factors have no bias here (PEFT's lora_bias)")
             adapters |= {found["adapter"]} - {None}
+            if found["path"] in self.without_rank and self.file.entries[key].numel == 0:
+                continue
             if found["leaf"] in self.format.shared:
                 self.shared.setdefault(found["leaf"], []).append(key)
             else:
@@ -274,6 +278,8 @@ class _Reader:
         sites = [target.site for target in matched.values()]
         copies = self._copies()
         self._check_rest(copies)
+        shapes = {leaf: self.file.entries[key].shape for (_, leaf), key in self.keys.items()}
+        self.options = self.format.as_stored(self.options, shapes)
         method, methods = self.format.methods(self.options, self.names, sites)
         for site in sites:
             if reason := self.format.refusal(site):
@@ -325,7 +331,7 @@ class _Reader:
                     matched[path] = Target(site, mixin, path, layer)
         if stray := sorted(there - matched.keys()):
             raise AdapterFileError(self._no_place(stray[0]))
-        if missing := self.names.missing(self.model, linear, there):
+        if missing := self.names.missing(self.model, linear, there | self.without_rank):
             raise AdapterFileError(
                 f"{self.what} holds nothing for {missing[0]}, which the configuration names ({len(missing)} such)"
             )

@@ -12,6 +12,7 @@ _NO_EFFECT = {
     "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "runtime_config", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
     "init_ia3_weights", "init_weights",
+    "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
 }  # fmt: skip
 # What an option must be, where that is not "off", and what to do otherwise.
 _FIXED: dict[str, tuple[Any, str]] = {
@@ -28,6 +29,7 @@ _HINTS = {
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
+Number = Annotated[int, Field(ge=0, lt=1 << 31)]
 Probability = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 _Name = Annotated[str, Field(min_length=1, max_length=1000)]
 _Names = list[_Name]
@@ -91,6 +93,57 @@ class MissOptions(Options):
     mini_r: Size = 1
     miss_dropout: Probability = 0.0
     init_weights: bool | Literal["bat", "mini"] = True
+
+
+class OftOptions(Options):
+    r: Number = 0
+    oft_block_size: Number = 32
+    module_dropout: Probability = 0.0  # PEFT makes it and never calls it
+    eps: FiniteFloat = 0.0  # of `coft`
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: Annotated[int, Field(ge=0, le=1000)] = 5
+    peft_version: str | None = None
+
+
+class BoftOptions(Options):
+    boft_block_size: Number = 4
+    boft_block_num: Number = 0
+    boft_n_butterfly_factor: Annotated[int, Field(ge=1, le=31)] = 1
+    boft_dropout: Probability = 0.0
+
+
+class LycorisOptions(Options):
+    r: Size = 8
+    alpha: FiniteFloat = 8
+    rank_dropout: Probability = 0.0
+    module_dropout: Probability = 0.0
+    rank_pattern: dict[_Name, Size] | None = None
+    alpha_pattern: dict[_Name, FiniteFloat] | None = None
+
+
+class LohaOptions(LycorisOptions): ...
+
+
+class LokrOptions(LycorisOptions):
+    rank_dropout_scale: bool = False
+    decompose_both: bool = False
+    decompose_factor: Literal[-1] | Size = -1
+
+
+class FourierOptions(Options):
+    n_frequency: Size = 1000
+    n_frequency_pattern: dict[_Name, Size] | None = None
+    scaling: FiniteFloat = 150.0
+    random_loc_seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 777
+
+
+class AdaLoraOptions(Options):
+    init_r: Size = 12
+    r: Number = 8  # a LoRA's: not used
+    lora_alpha: FiniteFloat = 8
+    lora_dropout: Probability = 0.0
+    init_lora_weights: bool = True
+    rank_pattern: dict[_Name, list[bool]] | None = None
 
 
 def check(parsed: Any, types: Mapping[str, type[Options]], what: str) -> Any:

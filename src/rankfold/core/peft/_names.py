@@ -29,8 +29,9 @@ class Names:
         self.layers_pattern = [patterns] if isinstance(patterns, str) else patterns
         self.ranks: dict[str, int] = config.get("rank_pattern") or {}
         self.alphas: dict[str, float] = config.get("alpha_pattern") or {}
+        self.numbers: dict[str, int] = config.get("n_frequency_pattern") or {}
         regular = [text for text in (self.targets, self.excluded) if isinstance(text, str)]
-        for pattern in (*regular, *self.layers_pattern, *self.ranks, *self.alphas):
+        for pattern in (*regular, *self.layers_pattern, *self.ranks, *self.alphas, *self.numbers):
             check_pattern(pattern)
 
     def selects(self, path: str, linear: bool) -> bool:
@@ -61,6 +62,11 @@ class Names:
 
     def alpha(self, path: str, default: float) -> float:
         return _first_match(self.alphas, path, default)
+
+    def frequencies(self, path: str, default: int) -> int:
+        """The number of frequencies: a pattern needs a dot before it, and what no pattern fits is a whole path."""
+        found = (number for pattern, number in self.numbers.items() if re.match(rf".*\.{pattern}$", path))
+        return next(found, self.numbers.get(path, default))
 
     def missing(self, model: Any, linear: Iterable[str], there: set[str]) -> list[str]:
         """Linear layers that the configuration selects and that are not `there`."""
