@@ -59,6 +59,14 @@ def test_one_class_for_all_rows(c: int | None):
     close(model(x), x @ weight_of(delta, None).T + b, 1e-12)
 
 
+def test_a_lora_of_one_class():
+    model, delta = trained()
+    with classes(model, 1):
+        rankfold.as_lora(model, new_name="one")
+    with rankfold.using(model, "one"):
+        close(model(x), x @ weight_of(delta, 1).T + b, 1e-9)
+
+
 def test_masked_forward_is_the_merged_weight_row_by_row():
     model, delta = trained()
     with classes(model, [1, None, 0, 1]):

@@ -23,6 +23,8 @@ def test_frozen_columns_worked_numbers():
     assert [callback.frozen(t, 8) for t in (0, 3, 4, 15, 30, 99)] == [0, 0, 1, 4, 8, 8]
     *_, callback = started(10, eta=0.7)
     assert [callback.frozen(t, 7) for t in range(10)] == [0, 1, 2, 3, 4, 5, 6, 7, 7, 7]
+    *_, callback = started(20, eta=0.55)  # 0.55 · 20 is 11.000000000000002
+    assert [callback.frozen(t, 11) for t in range(12)] == list(range(12))
 
 
 def test_frozen_columns_never_move_again_and_the_others_do():
