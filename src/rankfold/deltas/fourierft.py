@@ -60,9 +60,9 @@ class FourierFTDelta(Delta):
         u, v = torch.where(right, (out - u) % out, u), torch.where(right, n - v, v)
         columns = n // 2 + 1
         places = torch.cat([u * columns + v, torch.where(middle, (out - u) % out, u) * columns + v])
-        halves = self.c * torch.where(middle, 0.5, 0.25).to(self.c.dtype)
+        halves = self.scale * self.c * torch.where(middle, 0.5, 0.25).to(self.c.dtype)
         H = self.c.new_zeros(*self.c.shape[:-1], out * columns).index_add(-1, places, torch.cat([halves, halves], -1))
-        return self.scale * torch.fft.irfft2(H.unflatten(-1, (out, columns)), (out, n))
+        return torch.fft.irfft2(H.unflatten(-1, (out, columns)), (out, n))
 
 
 @functools.lru_cache(32)

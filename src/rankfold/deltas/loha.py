@@ -53,7 +53,7 @@ class LoHaDelta(Delta):
 
 class DenseLoHa(LoHaDelta):
     def update(self) -> Tensor:
-        return self.scale * (self.B1 @ self.A1) * (self.B2 @ self.A2)
+        return (self.scale * self.B1 @ self.A1) * (self.B2 @ self.A2)
 
 
 class ThinLoHa(LoHaDelta):
