@@ -2,9 +2,9 @@
 
 Of W (out, in) a forward keeps x, the K indices I and the K values φ, and nothing else: W' = W + scatter(I, φ) is made,
 multiplied with and forgotten, made again for the gradient of x, and the dense `G = ∂L/∂W'` lives only inside the
-backward of its own layer, until `∂L/∂φ = G.flatten()[I]` is read from it. Two dense products with a scatter of under a
-millisecond are faster on a processor than sparse ones, or as fast, at any density a sparse change has a use for
-(`benchmarks/sparse_memory.py`).
+backward of its own layer, until `∂L/∂φ = G.flatten()[I]` is read from it. The scatter costs a thirtieth of the product
+it goes before (576 x 1536, 512 tokens, one thread: 0.3 of 12 ms at 1 %). Sparse products instead take 16 ms forward and
+4 for ∂L/∂φ, where the dense one takes 14; at 10 % they take 27 and 16, and gathered rows of x ten times that.
 """
 
 from collections.abc import Callable, Mapping, Sequence
