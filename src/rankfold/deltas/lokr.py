@@ -4,7 +4,7 @@ Yeh et al. 2023, arXiv 2309.14859.
 """
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -69,7 +69,7 @@ class LoKrDelta(Delta):
             self.register_parameter(name, site.parameter_like(*shape))
 
     def start(self, rng: torch.Generator) -> None:
-        for name, tensor in self._parameters.items():
+        for name, tensor in self.named_parameters():
             if name in ("C", "C_b"):
                 nn.init.zeros_(tensor)
             else:
@@ -77,9 +77,9 @@ class LoKrDelta(Delta):
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """C and D."""
-        own = self._parameters
-        C = own["C"] if "C" in own else self.C_b @ self.C_a
-        return C, own["D"] if "D" in own else self.D_b @ self.D_a
+        own: dict[str, Any] = self._parameters
+        C = own["C"] if "C" in own else own["C_b"] @ own["C_a"]
+        return C, own["D"] if "D" in own else own["D_b"] @ own["D_a"]
 
     def update(self) -> Tensor:
         C, D = self.pairs()
