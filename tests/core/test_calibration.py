@@ -24,6 +24,7 @@ from rankfold.core.calibration import (
     calibrate,
 )
 from rankfold.core.calibration.accumulators import IncrementalPCA
+from rankfold.core.calibration.surroundings import Bar
 from rankfold.core.quantized import dense
 from rankfold.core.targets import find
 from rankfold.errors import RankfoldError, UnsupportedError
@@ -896,6 +897,23 @@ def test_damaged_and_hostile_folders(tmp_path):
 
 
 # ---- the progress bar
+
+
+def test_the_bar_counts_on_further_passes(monkeypatch):
+    totals = []
+
+    class Watched(Bar):
+        def step(self):
+            super().step()
+            totals.append((self.done, self.total))
+
+    monkeypatch.setattr("rankfold.core.calibration.Bar", Watched)
+    model = Net(a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 4))
+    calibrate(model, [torch.ones(1, 4)] * 2, [InputCovariance()], ["a", "b", "c"], memory_limit=2 * 16 * 4)
+    assert totals == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    totals.clear()
+    calibrate(model, iter([torch.ones(1, 4)] * 2), [InputCovariance()], ["a"])
+    assert totals == [(1, None), (2, None)]
 
 
 def test_rich_is_imported_only_for_a_bar_that_is_shown():

@@ -91,5 +91,6 @@ def build(slug: str, /, **hyperparameters: Any) -> Any:
         return cls(**hyperparameters)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or slug}: {e['msg']}" for e in error.errors())
-        known = ", ".join(f"{name}={field.default!r}" for name, field in cls.model_fields.items()) or "none"
+        defaults = {name: "" if f.is_required() else f"={f.default!r}" for name, f in cls.model_fields.items()}
+        known = ", ".join(name + default for name, default in defaults.items()) or "none"
         raise RankfoldError(f"{slug}: {problems} (hyperparameters of {slug}: {known})") from None

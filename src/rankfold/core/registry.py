@@ -14,7 +14,8 @@ KINDS = ("linear", "conv1d", "embedding", "conv", "experts", "norm")
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered component. `supports` is filled for methods: capability → True, or the reason why not."""
+    """One registered component. `hyperparameters` are the defaults, "required" for what has none; `supports` is filled
+    for methods: capability → True, or the reason why not."""
 
     slug: str
     axis: str
@@ -31,7 +32,8 @@ def methods() -> list[Entry]:
     """Every registered component of every axis, by axis and slug."""
     entries = []
     for cls in components():
-        hyperparameters = {name: info.default for name, info in cls.model_fields.items()}
+        fields = cls.model_fields.items()
+        hyperparameters = {name: "required" if info.is_required() else info.default for name, info in fields}
         supports = _supports(cls()) if issubclass(cls, Method) else {}
         entries.append(Entry(cls.slug, cls.axis, cls.title, cls.source, hyperparameters, supports))
     return entries

@@ -68,7 +68,7 @@ def _calibrate(
     display: Display,
 ) -> Calibration:
     own = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-    limit = max(own // 4, LEAST) if recipe.calibration.memory is None else int(recipe.calibration.memory * 2**30)
+    limit = max(own // 5, LEAST) if recipe.calibration.memory is None else int(recipe.calibration.memory * 2**30)
     try:
         with display.calibrating() as progress:
             return calibrate(model, batches, needs, targets_of(recipe), memory_limit=limit, progress=progress)

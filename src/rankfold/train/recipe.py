@@ -176,7 +176,7 @@ class Calibration(Section):
     batches: int = Field(32, gt=0, description="batches of training rows, drawn with the seed")
     size: int = Field(1, gt=0, description="rows a batch; activations take memory with each row")
     memory: float | None = Field(
-        None, gt=0, description="GiB of statistics held at once; else a quarter of the model's own size"
+        None, gt=0, description="GiB of statistics held at once; else a fifth of the model's own size"
     )
     cache: str | None = Field(None, description="folder that keeps the statistics for other runs")
 

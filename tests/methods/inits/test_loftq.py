@@ -181,5 +181,10 @@ def test_what_cannot_be(tmp_path):
         WeightFiles.find(str(path)).read("0.weight")
     with pytest.raises(RankfoldError, match=r"holds no tensors like '1.weight'"):
         WeightFiles.find(str(path)).read("1.weight")
-    with pytest.raises(RankfoldError, match="reference"):
+    with pytest.raises(RankfoldError, match=r"reference: Field required \(hyperparameters of loftq: reference\)"):
         rankfold.build("loftq")
+
+
+def test_the_registry_says_that_the_reference_is_required():
+    (entry,) = [entry for entry in rankfold.methods() if entry.slug == "loftq"]
+    assert json.loads(json.dumps(entry.as_dict()))["hyperparameters"] == {"reference": "required"}
