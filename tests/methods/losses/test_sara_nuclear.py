@@ -87,7 +87,7 @@ def test_lowers_the_effective_rank():
             optimizer.zero_grad()
             ((masked(delta) - target).square().sum() + callback.penalty()).backward()
             optimizer.step()
-        sigma = torch.linalg.svdvals(masked(delta))
+        sigma = torch.linalg.svdvals(masked(delta).detach())
         return float(sigma.sum() / sigma[0])
 
     assert nuclear_over_largest(3.0) < 0.8 * nuclear_over_largest(0.0)
