@@ -13,7 +13,6 @@ from typing import Any
 import harness
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import rankfold
 
@@ -52,18 +51,6 @@ def kept(owned: set[int]) -> Iterator[dict[int, int]]:
         yield storages
 
 
-def peak(run: Any) -> int:
-    """The most bytes that were allocated on the processor at once while it ran, over those at the start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    now = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
-
-
 def measure(net: nn.Module, parameters: list[nn.Parameter], x: Tensor) -> dict[str, int]:
     owned = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers(), x)}
     optimizer = torch.optim.AdamW(parameters)
@@ -84,7 +71,7 @@ def measure(net: nn.Module, parameters: list[nn.Parameter], x: Tensor) -> dict[s
     own = (
         0 if own == sum(p.nbytes for p in net.parameters()) else own
     )  # full fine-tuning has no adapter beside the base
-    return {"parameters": count, "kept": held, "state": state, "peak": peak(step) + state + own}
+    return {"parameters": count, "kept": held, "state": state, "peak": harness.peak(step) + state + own}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rankfold.train.trainer import parameter_groups
 
 RESULTS = Path(__file__).parent / "results"
 Components = Sequence[Mapping[str, Any]]
+TUNING = 100  # the seed on which a side's learning rate is chosen
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Side:
     """One way to adapt the model, in a recipe's words. None leaves the task's own choice."""
 
     method: Mapping[str, Any]
-    lr: float
+    lr: float | tuple[float, ...]  # several: the one that is best on a seed that is not judged
     init: Mapping[str, Any] | None = None
     callbacks: Components = ()
     targets: Sequence[str] | str | None = None
@@ -98,15 +99,22 @@ def run(
     finished: dict[str, dict[str, float]] = {}
     if kept.exists() and not again:
         finished = json.loads(kept.read_text())
-    numbers: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for seed in seeds:
-        for name, side in sides.items():
-            key = _key(script, TASKS[task], side, seed)
-            if key not in finished:
-                finished[key] = train(load(task), side, seed, measure)
-                write_whole(kept, json.dumps(finished, indent=1))
-            numbers[name].append(finished[key])
-            print(f"{slug} seed {seed} {name}: {_line(finished[key])}", flush=True)
+
+    def outcome(name: str, side: Side, seed: int) -> dict[str, float]:
+        key = _key(TASKS[task], side, seed, measure)
+        if key not in finished:
+            finished[key] = train(load(task), side, seed, measure)
+            write_whole(kept, json.dumps(finished, indent=1))
+        print(f"{slug} seed {seed} {name} at {side.lr:g}: {_line(finished[key])}", flush=True)
+        return finished[key]
+
+    tried: dict[str, dict[str, float]] = {}
+    for name, side in sides.items():
+        if isinstance(side.lr, tuple):
+            rates = {lr: outcome(name, replace(side, lr=lr), TUNING)["held-out loss"] for lr in side.lr}
+            tried[name] = {f"{lr:g}": loss for lr, loss in rates.items()}
+            sides = {**sides, name: replace(side, lr=min(rates, key=lambda lr: rates[lr]))}
+    numbers = {name: [outcome(name, side, seed) for seed in seeds] for name, side in sides.items()}
     verdicts = [_judge(numbers, expect) for expect in expects]
     result = {
         "slug": slug,
@@ -117,7 +125,10 @@ def run(
         "model": TASKS[task].model,
         "data": TASKS[task].data,
         "seeds": list(seeds),
-        "sides": {name: {**_settings(side), "runs": numbers[name]} for name, side in sides.items()},
+        "sides": {
+            name: {**_settings(side), "held-out loss by rate": tried.get(name), "runs": numbers[name]}
+            for name, side in sides.items()
+        },
         "expectations": verdicts,
         "verdict": _together([verdict["verdict"] for verdict in verdicts]),
         "note": note,
@@ -206,9 +217,10 @@ def _settings(side: Side) -> dict[str, Any]:
     return {key: value for key, value in vars(side).items() if value not in (None, (), 0, 0.0)}
 
 
-def _key(script: Path, task: Any, side: Side, seed: int) -> str:
-    """Changes with whatever the run depends on: the task, the side's settings, the script's own measure."""
-    described = json.dumps([vars(task), vars(side), seed, script.read_text()], sort_keys=True, default=str)
+def _key(task: Any, side: Side, seed: int, measure: Measure | None) -> str:
+    """Changes with whatever the run depends on: the task, the side's settings, what is measured."""
+    code = None if measure is None else measure.__code__.co_code.hex()
+    described = json.dumps([vars(task), vars(side), seed, code], sort_keys=True, default=str)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

@@ -9,9 +9,9 @@ run(
     source="arXiv 2410.13618",
     task="digits",
     sides={
-        "loldu": Side({"name": "loldu", "rank": 64, "alpha": 64}, lr=3e-2),
+        "loldu": Side({"name": "loldu", "rank": 64, "alpha": 64}, lr=(1e-2, 1e-1)),
         "head only": Side({"name": "loldu", "rank": 64, "alpha": 64}, lr=0.0),
-        "lora": Side({"name": "lora", "rank": 64}, lr=1e-3),
+        "lora": Side({"name": "lora", "rank": 64}, lr=(3e-4, 1e-3)),
     },
     expects=[
         Expect("loldu", "head only"),

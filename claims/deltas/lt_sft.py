@@ -7,8 +7,13 @@ run(
     source="arXiv 2110.07560",
     task="digits",
     sides={
-        "lottery": Side({"name": "lt-sft", "density": 0.02}, lr=2e-3, steps=60, callbacks=({"name": "lt-sft-lottery", "steps": 20},)),
-        "random": Side({"name": "lt-sft", "density": 0.02}, lr=2e-3),
+        "lottery": Side(
+            {"name": "lt-sft", "density": 0.02},
+            lr=(3e-4, 2e-3),
+            steps=60,
+            callbacks=({"name": "lt-sft-lottery", "steps": 20},),
+        ),
+        "random": Side({"name": "lt-sft", "density": 0.02}, lr=(2e-3, 8e-3)),
     },
     expects=[
         Expect("lottery", "random"),

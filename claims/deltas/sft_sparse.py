@@ -9,11 +9,11 @@ run(
     sides={
         "growing": Side(
             {"name": "sft-sparse", "total": 516_096},
-            lr=2e-3,
+            lr=(1e-3, 4e-3),
             callbacks=({"name": "sft-regrow", "period": 10, "window": 3},),
         ),
-        "fixed": Side({"name": "sft-sparse", "total": 516_096}, lr=2e-3),
-        "lora": Side({"name": "lora", "rank": 8}, lr=2e-3),
+        "fixed": Side({"name": "sft-sparse", "total": 516_096}, lr=(1e-3, 4e-3)),
+        "lora": Side({"name": "lora", "rank": 8}, lr=(1e-3, 4e-3)),
     },
     expects=[
         Expect("growing", "fixed"),

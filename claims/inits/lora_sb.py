@@ -7,8 +7,10 @@ run(
     source="arXiv 2411.19557",
     task="digits",
     sides={
-        "lora-sb": Side({"name": "lora-xs", "rank": 16}, lr=2e-3, init={"name": "lora-sb", "eta": 5e-4}, calibration=4),
-        "lora-xs": Side({"name": "lora-xs", "rank": 16}, lr=2e-3),
+        "lora-sb": Side(
+            {"name": "lora-xs", "rank": 16}, lr=(1e-3, 4e-3), init={"name": "lora-sb", "eta": 5e-4}, calibration=4
+        ),
+        "lora-xs": Side({"name": "lora-xs", "rank": 16}, lr=(1e-3, 4e-3)),
     },
     expects=[
         Expect("lora-sb", "lora-xs"),

@@ -7,9 +7,9 @@ run(
     source="arXiv 2502.14482",
     task="digits",
     sides={
-        "nlora": Side({"name": "slora", "rank": 8}, lr=2e-3, init={"name": "nlora"}),
-        "slora": Side({"name": "slora", "rank": 8}, lr=2e-3),
-        "lora": Side({"name": "lora", "rank": 8}, lr=2e-3),
+        "nlora": Side({"name": "slora", "rank": 8}, lr=(3e-4, 2e-3), init={"name": "nlora"}),
+        "slora": Side({"name": "slora", "rank": 8}, lr=(1e-3, 4e-3)),
+        "lora": Side({"name": "lora", "rank": 8}, lr=(1e-3, 4e-3)),
     },
     expects=[
         Expect("nlora", "slora", "training loss"),

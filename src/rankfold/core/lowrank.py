@@ -21,13 +21,13 @@ def lowrank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B:
 
     Under autocast everything is done in autocast's dtype, as in `nn.Linear`; otherwise A and B follow x's dtype.
     """
-    if _composed():
+    if composed():
         return F.linear(x, weight, bias) + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(kind))
     A, B = A.to(x.dtype), B.to(x.dtype)
-    if _any_requires_grad(x, weight, bias, A, B):
+    if any_requires_grad(x, weight, bias, A, B):
         return _LowRankLinear.apply(x, weight, bias, A, B, scale)
     return _forward(x, weight, bias, A, B, scale)[0]
 
@@ -37,7 +37,7 @@ def add_lowrank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Ten
 
     y must be fresh, held by the caller alone: it is overwritten wherever autograd allows it.
     """
-    if _composed():
+    if composed():
         x, A, B = x.to(y.dtype), A.to(y.dtype), B.to(y.dtype)
         return y + (F.linear(F.linear(x, A), B) * scale).to(y.dtype)
     return _add((_tokens(x.shape),), y, x, A, B, scale)
@@ -49,7 +49,7 @@ def add_lowrank_rows(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     The scale is already in B. y must be fresh, as in `add_lowrank`.
     """
     lead = x.shape[0], _tokens(x.shape[1:])
-    if _composed():
+    if composed():
         x, A, B = _see(x, lead).to(y.dtype), A.to(y.dtype), B.to(y.dtype)
         return y + torch.bmm(torch.bmm(x, A.mT), B.mT).to(y.dtype).reshape(y.shape)
     return _add(lead, y, x, A, B, 1.0)
@@ -57,9 +57,9 @@ def add_lowrank_rows(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 def _add(lead: tuple[int, ...], y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`lead` are the dimensions, before the last, that y and x are seen with: (tokens,) or (rows, tokens)."""
-    with _autocast_off(y):
+    with autocast_off(y):
         x, A, B = x.to(y.dtype), A.to(y.dtype), B.to(y.dtype)
-        if _any_requires_grad(y, x, A, B):
+        if any_requires_grad(y, x, A, B):
             out = _AddLowRank.apply(lead, _writable(y), x, A, B, scale)
             return out if out.shape == y.shape else out.view(y.shape)
         y = y.contiguous()
@@ -81,7 +81,7 @@ def _writable(y: Tensor) -> Tensor:
 
 
 def _forward(x, weight, bias, A, B, scale):
-    lead, x = x.shape[:-1], _matrix(x)
+    lead, x = x.shape[:-1], matrix(x)
     h = _h(x, A, scale)
     y = _accumulate(F.linear(x, weight, bias), h, B.mT)
     # A plain view made in here could not be overwritten later (a ReLU in place, a residual added in place).
@@ -103,9 +103,9 @@ class _LowRankLinear(Function):
     def backward(ctx, gy):
         x, weight, A, B, h = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, _ = ctx.needs_input_grad
-        with _autocast_off(gy):
-            lead, gy = gy.shape[:-1], _matrix(gy)
-            x = None if x is None else _matrix(x)
+        with autocast_off(gy):
+            lead, gy = gy.shape[:-1], matrix(gy)
+            x = None if x is None else matrix(x)
             gh, gA, gB = _thin_gradients(gy, x, A, B, h, ctx.scale, need_x, need_A, need_B)
             gx = gweight = None
             if need_x:
@@ -130,7 +130,7 @@ class _AddLowRank(Function):
     def backward(ctx, gy):
         x, A, B, h = ctx.saved_tensors
         _, need_y, need_x, need_A, need_B, _ = ctx.needs_input_grad
-        with _autocast_off(gy):
+        with autocast_off(gy):
             x = None if x is None else _see(x, ctx.lead)
             gh, gA, gB = _thin_gradients(_see(gy, ctx.lead), x, A, B, h, ctx.scale, need_x, need_A, need_B)
             gx = (gh @ A).view(ctx.shape) if need_x else None
@@ -176,7 +176,7 @@ def _see(x: Tensor, lead: tuple[int, ...]) -> Tensor:
     return x.reshape(*lead, x.shape[-1])
 
 
-def _matrix(x: Tensor) -> Tensor:
+def matrix(x: Tensor) -> Tensor:
     """(..., n) -> (tokens, n). Written out, since -1 is ambiguous in an empty batch."""
     return x.reshape(_tokens(x.shape), x.shape[-1])
 
@@ -185,14 +185,14 @@ def _tokens(shape: torch.Size) -> int:
     return math.prod(shape[:-1])
 
 
-def _composed() -> bool:
+def composed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
+def any_requires_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _autocast_off(x: Tensor):
+def autocast_off(x: Tensor):
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()

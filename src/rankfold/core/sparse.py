@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from rankfold.core.delta import Delta, Site
-from rankfold.core.lowrank import _any_requires_grad, _autocast_off, _composed, _matrix
+from rankfold.core.lowrank import any_requires_grad, autocast_off, composed, matrix
 from rankfold.core.method import Method
 
 
@@ -52,20 +52,20 @@ class Sparse(Delta):
 
     def update(self) -> Tensor:
         dense = _scattered(None, self.indices, self.phi, self._shape)
-        if self.watch is not None and dense.requires_grad and not _composed():
+        if self.watch is not None and dense.requires_grad and not composed():
             dense.register_hook(self.watch)
         return dense
 
     def linear(self, x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
-        if _composed():
+        if composed():
             W = self.update() if W is None else _scattered(W, self.indices, self.phi, self._shape)
             return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
         b = None if b is None else b.to(x.dtype)
-        with _autocast_off(x):
-            if _any_requires_grad(x, W, b, self.phi):
+        with autocast_off(x):
+            if any_requires_grad(x, W, b, self.phi):
                 return _SparseLinear.apply(x, W, b, self.indices, self.phi, self._shape, self.watch)
             return _forward(x, W, b, self.indices, self.phi, self._shape)
 
@@ -159,7 +159,7 @@ def _scattered(W: Tensor | None, indices: Tensor, phi: Tensor, shape: tuple[int,
 def _forward(
     x: Tensor, W: Tensor | None, b: Tensor | None, indices: Tensor, phi: Tensor, shape: tuple[int, ...]
 ) -> Tensor:
-    y = F.linear(_matrix(x), _scattered(W, indices, phi, shape).to(x.dtype), b)
+    y = F.linear(matrix(x), _scattered(W, indices, phi, shape).to(x.dtype), b)
     # A plain view made in here could not be overwritten later (a ReLU in place, a residual added in place).
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
@@ -176,13 +176,13 @@ class _SparseLinear(Function):
     def backward(ctx, gy):
         x, W, indices, phi = ctx.saved_tensors
         need_x, need_W, need_b, _, need_phi, *_ = ctx.needs_input_grad
-        with _autocast_off(gy):
-            lead, gy = gy.shape[:-1], _matrix(gy)
+        with autocast_off(gy):
+            lead, gy = gy.shape[:-1], matrix(gy)
             gx = gW = gphi = None
             if need_x:
                 gx = (gy @ _scattered(W, indices, phi, ctx.shape).to(gy.dtype)).view(*lead, ctx.shape[-1])
             if need_W or need_phi:
-                G = gy.mT @ _matrix(x)
+                G = gy.mT @ matrix(x)
                 gW = G.to(W.dtype) if need_W else None
                 gphi = G.reshape(-1).index_select(0, indices).to(phi.dtype) if need_phi else None
                 if ctx.watch is not None:

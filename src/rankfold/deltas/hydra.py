@@ -1,6 +1,6 @@
 """Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning. Kim et al. 2023, arXiv 2309.06922."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,15 @@ class Hydra(Method):
 
 class HydraDelta(Delta):
     """A_p (r_p, in), B_p (out, r_p), A_s (r_s, out), B_s (out, r_s); with biases p_p, q_p, p_s, q_s, else None."""
+
+    A_p: Tensor
+    B_p: Tensor
+    A_s: Tensor
+    B_s: Tensor
+    p_p: Any
+    q_p: Any
+    p_s: Any
+    q_s: Any
 
     def __init__(self, site: Site, method: Hydra):
         super().__init__(site)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,8 @@ class KINDDelta(Extracted):
             x = F.dropout(x, self.dropout, self.training)
         tags = self.layer.tags(x)
         if not isinstance(tags, Tensor):
-            return y + self.layer.product(x, *reversed(self.pair()), self.scale)
+            B, A = self.pair()
+            return y + self.layer.product(x, A, B, self.scale)
         B, A = self.less_offset(*super().factors())
         gain = F.pad(self.gates[tags], (0, A.shape[-2] - self.gates.shape[-1]), value=1)  # the offset is for every row
         return y + self.layer.product(x, A, B, self.scale, gain)
@@ -112,8 +113,8 @@ def classes(model: nn.Module, choice: int | Sequence[int | None] | None) -> Iter
     chosen = [choice] if choice is None or isinstance(choice, int) else list(choice)
     if wrong := [one for one in chosen if one is not None and not 0 <= one < groups]:
         raise RankfoldError(f"there is no class {wrong[0]}: the model's adapters have {groups} tailor groups, from 0")
-    tags = choice
-    if not (choice is None or isinstance(choice, int)):
+    tags: Any = choice
+    if not isinstance(choice, int | None):
         tags = torch.tensor([-1 if one is None else one for one in choice])
     with state.lock, state.tagged(tags):
         yield

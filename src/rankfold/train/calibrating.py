@@ -82,7 +82,7 @@ def _digest(model: nn.Module, recipe: Recipe, batches: list[dict[str, Tensor]], 
     for batch in batches:
         for name, values in sorted(batch.items()):
             seen.update(f"{name}{values.dtype}{tuple(values.shape)}".encode())
-            seen.update(values.contiguous().numpy())
+            seen.update(values.contiguous().numpy().tobytes())
     what = {
         "rankfold": rankfold.__version__,
         "model": fingerprint.about(model),
