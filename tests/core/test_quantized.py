@@ -134,7 +134,8 @@ def test_whole_life_of_an_adapter(slug: str, quantizer: str, tmp_path: Path) -> 
     x, target = torch.randn(6, 64), torch.randn(6, 64)
     before = model(x)
     adapter = attach(model, slug)
-    same(model(x), before, 1e-4)
+    if rankfold.build(slug).departs is None:
+        same(model(x), before, 1e-4)
 
     optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
     losses = []
