@@ -10,7 +10,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import rankfold
-from claims.tasks import TASKS, Loaded, load
+from claims.tasks import TASKS, Change, Loaded, load, same
 from rankfold.core.files import write_whole
 from rankfold.train.places import cache_dir
 from rankfold.train.trainer import parameter_groups
@@ -82,6 +82,7 @@ def run(
     source: str,
     seeds: Sequence[int] = (0, 1, 2),
     measure: Measure | None = None,
+    how: "How | None" = None,
     note: str = "",
 ) -> None:
     """Try `claim` and write `claims/results/<slug>.json`, where slug is the name of the calling script.
@@ -89,6 +90,7 @@ def run(
     Every expectation is judged over the seeds by the paired differences: it holds if their mean is on its side by more
     than its standard error, does not hold if it is on the other side by more than that, and is inconclusive between.
     """
+    how = how or train
     script = Path(sys.argv[0]).resolve()
     arguments = argparse.ArgumentParser(description=claim)
     arguments.add_argument("--again", action="store_true", help="forget the runs that were finished before")
@@ -100,10 +102,10 @@ def run(
     if kept.exists() and not again:
         finished = json.loads(kept.read_text())
 
-    def outcome(name: str, side: Side, seed: int) -> dict[str, float]:
+    def one(name: str, side: Side, seed: int) -> dict[str, float]:
         key = _key(TASKS[task], side, seed, measure)
         if key not in finished:
-            finished[key] = train(load(task), side, seed, measure)
+            finished[key] = how(load(task), side, seed, measure)
             write_whole(kept, json.dumps(finished, indent=1))
         print(f"{slug} seed {seed} {name} at {side.lr:g}: {_line(finished[key])}", flush=True)
         return finished[key]
@@ -111,10 +113,10 @@ def run(
     tried: dict[str, dict[str, float]] = {}
     for name, side in sides.items():
         if isinstance(side.lr, tuple):
-            rates = {lr: outcome(name, replace(side, lr=lr), TUNING)["held-out loss"] for lr in side.lr}
+            rates = {lr: one(name, replace(side, lr=lr), TUNING)["held-out loss"] for lr in side.lr}
             tried[name] = {f"{lr:g}": loss for lr, loss in rates.items()}
             sides = {**sides, name: replace(side, lr=min(rates, key=lambda lr: rates[lr]))}
-    numbers = {name: [outcome(name, side, seed) for seed in seeds] for name, side in sides.items()}
+    numbers = {name: [one(name, side, seed) for seed in seeds] for name, side in sides.items()}
     verdicts = [_judge(numbers, expect) for expect in expects]
     result = {
         "slug": slug,
@@ -135,6 +137,9 @@ def run(
     }
     write_whole(RESULTS / f"{slug}.json", json.dumps(result, indent=1) + "\n")
     print(f"{slug}: {result['verdict']}")
+
+
+How = Callable[[Loaded, Side, int, "Measure | None"], dict[str, float]]
 
 
 def train(loaded: Loaded, side: Side, seed: int, measure: Measure | None = None) -> dict[str, float]:
@@ -158,53 +163,74 @@ def train(loaded: Loaded, side: Side, seed: int, measure: Measure | None = None)
         calibration=calibration,
     )
     try:
-        callbacks = [_build(one) for one in side.callbacks]
-        for callback in callbacks:
-            callback.on_attach(adapter, model)
-        heads = {id(p) for copied in adapter.modules.values() for p in copied.parameters()}
-        groups = []
-        for group in parameter_groups(adapter, callbacks, side.lr, side.weight_decay):
-            inside = [p for p in group["params"] if id(p) not in heads]
-            outside = [p for p in group["params"] if id(p) in heads]
-            groups += [{**group, "params": inside}] if inside else []
-            groups += [{**group, "params": outside, "lr": task.head_lr}] if outside else []
-        optimizer = torch.optim.AdamW(groups)
-        steps = side.steps or task.steps
-        warm_up = max(1, steps // 10)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda t: min(1.0, (t + 1) / warm_up) * (1 + math.cos(math.pi * t / steps)) / 2,
-        )
-        for callback in callbacks:
-            callback.on_start(optimizer, steps)
-        losses = []
-        model.train()
-        for step, batch in enumerate(islice(batches, steps)):
-            loss = model(**batch).loss
-            losses.append(loss.item())
-            penalties = [p for callback in callbacks if (p := callback.penalty()) is not None]
-            torch.stack([loss, *penalties]).sum().backward()
-            torch.nn.utils.clip_grad_norm_(list(adapter.parameters()), 1.0)
-            for callback in callbacks:
-                callback.before_step(step)
-            optimizer.step()
-            for callback in callbacks:
-                callback.after_step(step)
-            schedule.step()
-            optimizer.zero_grad()
-        found = {
-            **loaded.evaluate(),
-            "training loss": statistics.fmean(losses[-5:]),
-            "parameters": float(
-                adapter.num_parameters() - sum(p.numel() for p in adapter.parameters() if id(p) in heads)
-            ),
-            "seconds": time.perf_counter() - started,
-        }
-        if measure is not None:
-            found |= measure(Run(loaded, adapter, seed, losses, found))
+        losses = fit(loaded, adapter, side, batches)
+        return outcome(loaded, adapter, seed, losses, started, measure)
     finally:
         rankfold.detach(model)
         model.eval()
+
+
+def fit(
+    loaded: Loaded, adapter: rankfold.Adapter, side: Side, batches: Iterator[dict[str, torch.Tensor]]
+) -> list[float]:
+    """Train the adapter on the batches, as the side and the task say; the loss of each step."""
+    model, task = loaded.model, loaded.task
+    callbacks = [_build(one) for one in side.callbacks]
+    for callback in callbacks:
+        callback.on_attach(adapter, model)
+    heads = {id(p) for copied in adapter.modules.values() for p in copied.parameters()}
+    groups = []
+    for group in parameter_groups(adapter, callbacks, side.lr, side.weight_decay):
+        inside = [p for p in group["params"] if id(p) not in heads]
+        outside = [p for p in group["params"] if id(p) in heads]
+        groups += [{**group, "params": inside}] if inside else []
+        groups += [{**group, "params": outside, "lr": task.head_lr}] if outside else []
+    optimizer = torch.optim.AdamW(groups)
+    steps = side.steps or task.steps
+    warm_up = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda t: min(1.0, (t + 1) / warm_up) * (1 + math.cos(math.pi * t / steps)) / 2,
+    )
+    for callback in callbacks:
+        callback.on_start(optimizer, steps)
+    losses = []
+    model.train()
+    for step, batch in enumerate(islice(batches, steps)):
+        loss = model(**batch).loss
+        losses.append(loss.item())
+        penalties = [p for callback in callbacks if (p := callback.penalty()) is not None]
+        torch.stack([loss, *penalties]).sum().backward()
+        torch.nn.utils.clip_grad_norm_(list(adapter.parameters()), 1.0)
+        for callback in callbacks:
+            callback.before_step(step)
+        optimizer.step()
+        for callback in callbacks:
+            callback.after_step(step)
+        schedule.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def outcome(
+    loaded: Loaded,
+    adapter: rankfold.Adapter,
+    seed: int,
+    losses: list[float],
+    started: float,
+    measure: Measure | None = None,
+    change: Change = same,
+) -> dict[str, float]:
+    """What is known of a finished run; `change` is applied to the held-out batches."""
+    heads = sum(p.numel() for copied in adapter.modules.values() for p in copied.parameters())
+    found = {
+        **loaded.evaluate(change),
+        "training loss": statistics.fmean(losses[-5:]),
+        "parameters": float(adapter.num_parameters() - heads),
+        "seconds": time.perf_counter() - started,
+    }
+    if measure is not None:
+        found |= measure(Run(loaded, adapter, seed, losses, found))
     return {name: float(f"{value:.6g}") for name, value in found.items()}
 
 

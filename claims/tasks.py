@@ -2,7 +2,7 @@
 
 import functools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,14 @@ TASKS = {
 }
 
 
+Batch = dict[str, torch.Tensor]
+Change = Callable[[Batch], Batch]
+
+
+def same(batch: Batch) -> Batch:
+    return batch
+
+
 class Loaded:
     """A task with its model and data in memory. The base model is never changed, so all runs share it."""
 
@@ -88,13 +96,13 @@ class Loaded:
                 yield self._collate([self.train[i] for i in order[start : start + size]])
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Held-out loss, and accuracy for classifications, of the model as it stands."""
+    def evaluate(self, change: Change = same) -> dict[str, float]:
+        """Held-out loss, and accuracy for classifications, of the model as it stands, on batches after `change`."""
         self.model.eval()
         losses, right, count = [], 0, 0
         for start in range(0, len(self.held_out), 50):
             rows = [self.held_out[i] for i in range(start, min(start + 50, len(self.held_out)))]
-            batch = self._collate(rows)
+            batch = change(self._collate(rows))
             out = self.model(**batch)
             losses.append(float(out.loss) * len(rows))
             count += len(rows)

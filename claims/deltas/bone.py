@@ -4,8 +4,7 @@ from claims.harness import Expect, Side, run
 
 run(
     claim=(
-        "At equal parameter count Bone's loss after a fixed number of steps is below LoRA's, "
-        "and Bat's below Bone's."
+        "At equal parameter count Bone's loss after a fixed number of steps is below LoRA's, and Bat's below Bone's."
     ),
     source="arXiv 2409.15371",
     task="digits",
