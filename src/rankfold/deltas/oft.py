@@ -13,8 +13,8 @@ class OFT(Method):
     """`W' = W Rᵀ`, `R = blockdiag(R₁, R₂, …)`, `Rᵢ = (I + Qᵢ)⁻¹ (I − Qᵢ)`: the input is rotated, block by block.
 
     Qᵢ (b, b) is skew-symmetric; the b(b−1)/2 numbers above its diagonal are trained and start at 0, where Rᵢ = I. The
-    rows of W keep their lengths and the angles between them. `block_size=None` is the largest power of two up to 32
-    that divides `in`. A convolution is rotated in the inputs of its flattened kernel.
+    rows of W keep their lengths and the angles between them. `block_size=None` is the largest divisor of `in` up to
+    32. A convolution is rotated in the inputs of its flattened kernel.
 
     `neumann=n` takes n terms of a series for the inverse, `Rᵢ ≈ (I − Q) Σ_{k ≤ n−2} (−Q)^k`: quicker for large blocks,
     and only nearly orthogonal. That is PEFT's default, with n = 5, and there it is the series of the opposite rotation
@@ -30,7 +30,7 @@ class OFT(Method):
 
     def block_at(self, site: Site) -> int:
         """b at a site."""
-        return self.block_size or next(b for b in (32, 16, 8, 4, 2, 1) if site.in_ % b == 0)
+        return self.block_size or next(b for b in range(32, 0, -1) if site.in_ % b == 0)
 
     def delta(self, site: Site, shared: nn.Module | None) -> "OFTDelta":
         return (RotatedInput if site.kind in ("linear", "conv1d") else OFTDelta)(site, self)
@@ -43,7 +43,7 @@ class OFT(Method):
             return "its inputs are ids: a rotation of them would mix the rows of the vocabulary"
         b = self.block_at(site)
         if b == 1:
-            return f"no power of two divides its {site.in_} inputs, and a block of 1 cannot turn: name a block_size"
+            return f"nothing up to 32 divides its {site.in_} inputs, and a block of 1 cannot turn: name a block_size"
         return f"its {site.in_} inputs cannot be cut into blocks of {b}" if site.in_ % b else None
 
 
