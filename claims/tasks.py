@@ -39,7 +39,7 @@ TASKS = {
         changes=("data.image_size=28", "data.limit=1200", "data.held_out.limit=300"),
         model="DINOv2-small",
         data="scikit-learn's handwritten digits, 10 classes",
-        targets=("query", "value", "fc1", "fc2"),
+        targets=("fc1", "fc2"),
         steps=40,
         batch=16,
         head_lr=3e-3,

@@ -8,11 +8,11 @@ run(
     task="digits",
     sides={
         "growing": Side(
-            {"name": "sft-sparse", "total": 516_096},
+            {"name": "sft-sparse", "total": 368_640},
             lr=(1e-3, 4e-3),
             callbacks=({"name": "sft-regrow", "period": 10, "window": 3},),
         ),
-        "fixed": Side({"name": "sft-sparse", "total": 516_096}, lr=(1e-3, 4e-3)),
+        "fixed": Side({"name": "sft-sparse", "total": 368_640}, lr=(1e-3, 4e-3)),
         "lora": Side({"name": "lora", "rank": 8}, lr=(1e-3, 4e-3)),
     },
     expects=[

@@ -42,6 +42,8 @@ def find(model: nn.Module, targets: Targets) -> list[Target]:
     chosen: list[Target] = []
     unsupported: list[str] = []
     matches = _matcher(model, targets, everything)
+    if not isinstance(targets, str) and not callable(targets):
+        _check_suffixes(targets, everything)
     for name, (module, mixin) in everything.items():
         if mixin is None:
             if name and not callable(targets) and matches(name, module):
@@ -58,6 +60,17 @@ def find(model: nn.Module, targets: Targets) -> list[Target]:
             f"There are layers called {', '.join(leaves) or 'nothing that can be adapted'}; words: {', '.join(WORDS)}"
         )
     return chosen
+
+
+def _check_suffixes(suffixes: Sequence[str], everything: Everything) -> None:
+    """Refuse a list in which a name is that of no layer, which a wrong letter would otherwise leave out in silence."""
+    paths = [
+        site.name for name, (module, mixin) in everything.items() if mixin for site in mixin.sites(name, module)
+    ] + list(everything)
+    missing = [s for s in suffixes if not any(path == s or path.endswith(f".{s}") for path in paths)]
+    if missing and len(missing) < len(suffixes):
+        there = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in paths if path}))
+        raise RankfoldError(f"targets: no layer is called {', '.join(map(repr, missing))}; there are: {there}")
 
 
 def inside_adapter(name: str) -> bool:
