@@ -17,13 +17,13 @@ _PUBLIC = {
     "rankfold.core.merging": ("merge", "unmerge"),
     "rankfold.core.peft": ("export_peft", "import_peft"),
     "rankfold.core.registry": ("methods",),
-    "rankfold.core": ("Callback", "Delta", "Init", "Method", "Site"),
+    "rankfold.core": ("Callback", "Delta", "Init", "Method", "Optimizer", "Site"),
     "rankfold.errors": ("AdapterFileError", "RankfoldError", "UnsupportedError"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
 if TYPE_CHECKING:
-    from rankfold.core import Callback, Delta, Init, Method, Site
+    from rankfold.core import Callback, Delta, Init, Method, Optimizer, Site
     from rankfold.core.adapter import Adapter
     from rankfold.core.attach import attach
     from rankfold.core.calibration import Calibration, calibrate

@@ -3,7 +3,7 @@
 from rankfold.core.component import Component
 from rankfold.core.delta import Delta, Site, fill
 from rankfold.core.factored import Factored, LowRank
-from rankfold.core.method import Callback, Dropout, Init, Method, Rank, Start
+from rankfold.core.method import Callback, Dropout, Init, Method, Optimizer, Rank, Start
 
 __all__ = [
     "Callback",
@@ -14,6 +14,7 @@ __all__ = [
     "Init",
     "LowRank",
     "Method",
+    "Optimizer",
     "Rank",
     "Site",
     "Start",

@@ -1,4 +1,4 @@
-"""The contracts beside Delta: Method (how a ΔW is parameterised), Init (its start), Callback (around a step)."""
+"""Contracts beside Delta: Method (how ΔW is parameterised), Init (its start), Callback (around a step), Optimizer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
@@ -145,3 +145,16 @@ class Callback(Component):
 
     def on_load(self, state: Mapping[str, Any]) -> None:
         """Take back what `on_save` gave."""
+
+
+class Optimizer(Component):
+    """How trained parameters are stepped: `optimizer(groups, lr, weight_decay)` gives a `torch.optim.Optimizer`.
+
+    `groups` are parameter groups as torch.optim takes them; what a group says itself (its own `lr`) goes before the
+    arguments. What a technique only does around a step, whoever steps, is a `Callback`.
+    """
+
+    axis: ClassVar[str] = "optim"
+
+    def optimizer(self, groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        raise NotImplementedError

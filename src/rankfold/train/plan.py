@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,24 @@ def _build(component: Component, key: str, kind: type) -> Any:
     return built
 
 
-def optimizer_class(spec: Optimizer) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """The class of torch.optim that `spec` names, and the arguments it gets."""
+def optimizer_class(spec: Optimizer) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
+    """What makes the optimiser that `spec` names out of parameter groups, and the arguments it gets besides.
+
+    A class of torch.optim, in any case, or a registered optimiser by its slug.
+    """
     classes = {
         name.lower(): cls
         for name, cls in vars(torch.optim).items()
         if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
     }
     if spec.name.lower() not in classes:
-        near = difflib.get_close_matches(spec.name.lower(), classes, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"torch.optim has: {', '.join(sorted(classes))}"
+        ours = [cls.slug for cls in components() if issubclass(cls, rankfold.Optimizer)]
+        if spec.name in ours:
+            made = _build(Component(name=spec.name, **spec.hyper), "optimizer", rankfold.Optimizer)
+            return made.optimizer, {"lr": spec.lr, "weight_decay": spec.weight_decay}
+        near = difflib.get_close_matches(spec.name.lower(), [*classes, *ours], n=1)
+        there = f"torch.optim has: {', '.join(sorted(classes))}; Rankfold has: {', '.join(ours) or 'none'}"
+        hint = f"did you mean {near[0]}?" if near else there
         raise RankfoldError(f"optimizer.name: there is no {spec.name!r}; {hint}")
     cls = classes[spec.name.lower()]
     allowed = set(inspect.signature(cls).parameters) - {"params", "lr", "weight_decay"}

@@ -115,7 +115,9 @@ class Data(Section):
 
 class Optimizer(Section):
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = Field("adamw", description="a class of torch.optim, in any case; further keys are its arguments")
+    name: str = Field(
+        "adamw", description="a class of torch.optim in any case, or a slug; other keys are its arguments"
+    )
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
