@@ -66,6 +66,7 @@ class Run:
 
 
 Measure = Callable[[Run], Mapping[str, float]]
+How = Callable[[Loaded, Side, int, Measure | None], dict[str, float]]
 
 
 def forgetting(run: Run) -> dict[str, float]:
@@ -82,7 +83,7 @@ def run(
     source: str,
     seeds: Sequence[int] = (0, 1, 2),
     measure: Measure | None = None,
-    how: "How | None" = None,
+    how: How | None = None,
     note: str = "",
 ) -> None:
     """Try `claim` and write `claims/results/<slug>.json`, where slug is the name of the calling script.
@@ -92,18 +93,16 @@ def run(
     """
     how = how or train
     script = Path(sys.argv[0]).resolve()
-    arguments = argparse.ArgumentParser(description=claim)
-    arguments.add_argument("--again", action="store_true", help="forget the runs that were finished before")
-    again = arguments.parse_args().again
+    argparse.ArgumentParser(description=claim).parse_args()
     torch.set_num_threads(2)
     slug, axis = script.stem.replace("_", "-"), script.parent.name
-    kept = cache_dir() / "claims" / f"{slug}.json"
+    kept = cache_dir() / "claims.json"  # shared, so that a side which several claims have is run once
     finished: dict[str, dict[str, float]] = {}
-    if kept.exists() and not again:
+    if kept.exists():
         finished = json.loads(kept.read_text())
 
     def one(name: str, side: Side, seed: int) -> dict[str, float]:
-        key = _key(TASKS[task], side, seed, measure)
+        key = _key(TASKS[task], side, seed, measure, how)
         if key not in finished:
             finished[key] = how(load(task), side, seed, measure)
             write_whole(kept, json.dumps(finished, indent=1))
@@ -137,9 +136,6 @@ def run(
     }
     write_whole(RESULTS / f"{slug}.json", json.dumps(result, indent=1) + "\n")
     print(f"{slug}: {result['verdict']}")
-
-
-How = Callable[[Loaded, Side, int, "Measure | None"], dict[str, float]]
 
 
 def train(loaded: Loaded, side: Side, seed: int, measure: Measure | None = None) -> dict[str, float]:
@@ -243,10 +239,11 @@ def _settings(side: Side) -> dict[str, Any]:
     return {key: value for key, value in vars(side).items() if value not in (None, (), 0, 0.0)}
 
 
-def _key(task: Any, side: Side, seed: int, measure: Measure | None) -> str:
-    """Changes with whatever the run depends on: the task, the side's settings, what is measured."""
+def _key(task: Any, side: Side, seed: int, measure: Measure | None, how: How) -> str:
+    """Changes with whatever the run depends on: the task, the side's settings, what is measured and how it is run."""
     code = None if measure is None else measure.__code__.co_code.hex()
-    described = json.dumps([vars(task), vars(side), seed, code], sort_keys=True, default=str)
+    own = [] if how is train else [how.__code__.co_code.hex()]
+    described = json.dumps([vars(task), vars(side), seed, code, *own], sort_keys=True, default=str)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

@@ -9,9 +9,9 @@ run(
     source="arXiv 2409.15371",
     task="digits",
     sides={
-        "bat": Side({"name": "bone", "rank": 16}, lr=(1e-4, 1e-3)),
-        "bone": Side({"name": "miss", "rank": 16}, lr=(1e-4, 1e-3)),
-        "lora": Side({"name": "lora", "rank": 8}, lr=(1e-3, 4e-3)),
+        "bat": Side({"name": "bone", "rank": 16}, lr=(1e-4, 3e-4, 1e-3)),
+        "bone": Side({"name": "miss", "rank": 16}, lr=(1e-4, 3e-4, 1e-3)),
+        "lora": Side({"name": "lora", "rank": 8}, lr=(1e-3, 4e-3, 1e-2)),
     },
     expects=[
         Expect("bone", "lora", "training loss"),

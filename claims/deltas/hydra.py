@@ -7,8 +7,8 @@ run(
     source="arXiv 2309.06922",
     task="digits",
     sides={
-        "hydra": Side({"name": "hydra", "rank": 2, "sequential_rank": 2}, lr=(1e-3, 4e-3)),
-        "lora": Side({"name": "lora", "rank": 4}, lr=(1e-3, 4e-3)),
+        "hydra": Side({"name": "hydra", "rank": 2, "sequential_rank": 2}, lr=(1e-3, 4e-3, 1e-2)),
+        "lora": Side({"name": "lora", "rank": 4}, lr=(1e-3, 4e-3, 1e-2)),
     },
     expects=[
         Expect("hydra", "lora"),

@@ -71,8 +71,8 @@ if __name__ == "__main__":
         source="arXiv 2408.07337",
         task="digits",
         sides={
-            "kind": Side({"name": "kind"}, lr=(1e-3, 4e-3)),
-            "lora": Side({"name": "lora"}, lr=(1e-3, 4e-3)),
+            "kind": Side({"name": "kind"}, lr=(1e-3, 4e-3, 1e-2)),
+            "lora": Side({"name": "lora"}, lr=(1e-3, 4e-3, 1e-2)),
         },
         expects=[Expect("kind", "lora")],
         how=two_stages,

@@ -7,8 +7,8 @@ run(
     source="arXiv 2406.12832",
     task="digits",
     sides={
-        "lamda": Side({"name": "lamda", "rank": 8}, lr=(1e-3, 4e-3), callbacks=({"name": "lamda-freezing"},)),
-        "lora": Side({"name": "lora", "rank": 8}, lr=(1e-3, 4e-3)),
+        "lamda": Side({"name": "lamda", "rank": 8}, lr=(1e-3, 4e-3, 1e-2), callbacks=({"name": "lamda-freezing"},)),
+        "lora": Side({"name": "lora", "rank": 8}, lr=(1e-3, 4e-3, 1e-2)),
     },
     expects=[
         Expect("lamda", "lora", by=0.05),

@@ -7,11 +7,13 @@ run(
     source="arXiv 2410.00938",
     task="digits",
     sides={
-        "mos": Side({"name": "mos", "rank": 4, "budget": 2, "private": 1, "shards": 4, "alpha": 4}, lr=(1e-3, 4e-3)),
-        "pure sharing": Side(
-            {"name": "mos", "rank": 4, "budget": 2, "private": 0, "shards": 1, "alpha": 4}, lr=(1e-3, 4e-3)
+        "mos": Side(
+            {"name": "mos", "rank": 4, "budget": 2, "private": 1, "shards": 4, "alpha": 4}, lr=(1e-3, 4e-3, 1e-2)
         ),
-        "lora": Side({"name": "lora", "rank": 2}, lr=(1e-3, 4e-3)),
+        "pure sharing": Side(
+            {"name": "mos", "rank": 4, "budget": 2, "private": 0, "shards": 1, "alpha": 4}, lr=(1e-3, 4e-3, 1e-2)
+        ),
+        "lora": Side({"name": "lora", "rank": 2}, lr=(1e-3, 4e-3, 1e-2)),
     },
     expects=[Expect("mos", "lora"), Expect("mos", "pure sharing")],
 )

@@ -8,7 +8,7 @@ run(
     task="digits",
     sides={
         "randlora": Side({"name": "randlora", "rank": 28}, lr=(2e-3, 1e-2)),
-        "lora": Side({"name": "lora", "rank": 3}, lr=(1e-3, 4e-3)),
+        "lora": Side({"name": "lora", "rank": 3}, lr=(1e-3, 4e-3, 1e-2)),
     },
     expects=[
         Expect("randlora", "lora"),

@@ -9,11 +9,11 @@ run(
     sides={
         "growing": Side(
             {"name": "sft-sparse", "total": 368_640},
-            lr=(1e-3, 4e-3),
+            lr=(1e-3, 4e-3, 1e-2),
             callbacks=({"name": "sft-regrow", "period": 10, "window": 3},),
         ),
-        "fixed": Side({"name": "sft-sparse", "total": 368_640}, lr=(1e-3, 4e-3)),
-        "lora": Side({"name": "lora", "rank": 8}, lr=(1e-3, 4e-3)),
+        "fixed": Side({"name": "sft-sparse", "total": 368_640}, lr=(1e-3, 4e-3, 1e-2)),
+        "lora": Side({"name": "lora", "rank": 8}, lr=(1e-3, 4e-3, 1e-2)),
     },
     expects=[
         Expect("growing", "fixed"),

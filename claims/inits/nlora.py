@@ -8,8 +8,8 @@ run(
     task="digits",
     sides={
         "nlora": Side({"name": "slora", "rank": 8}, lr=(3e-4, 2e-3), init={"name": "nlora"}),
-        "slora": Side({"name": "slora", "rank": 8}, lr=(1e-3, 4e-3)),
-        "lora": Side({"name": "lora", "rank": 8}, lr=(1e-3, 4e-3)),
+        "slora": Side({"name": "slora", "rank": 8}, lr=(1e-3, 4e-3, 1e-2)),
+        "lora": Side({"name": "lora", "rank": 8}, lr=(1e-3, 4e-3, 1e-2)),
     },
     expects=[
         Expect("nlora", "slora", "training loss"),
