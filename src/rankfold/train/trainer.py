@@ -47,7 +47,7 @@ class AdapterTrainer(transformers.Trainer):
     Args:
         adapter: what `rankfold.attach` gave.
         task: what the labels mean.
-        techniques: Rankfold callbacks, as `rankfold.build("lora-plus", ratio=16)`.
+        techniques: Rankfold callbacks, as `rankfold.build("lora+", ratio=16)`.
         schedule: makes the learning-rate schedule from the optimiser; Trainer's own without it.
         state: parts with `state()` and `resume(state)` whose values are kept in a checkpoint, by name.
         others: as `transformers.Trainer` takes them.
