@@ -1,0 +1,120 @@
+"""MeZO: Fine-Tuning Language Models with Just Forward Passes. Malladi et al. 2023, arXiv 2305.17333."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rankfold.core import Optimizer
+from rankfold.errors import RankfoldError
+
+_AT_ONCE = 2**20  # numbers of z made at a time: what a step needs beside the forward pass
+
+
+class ZerothOrder(torch.optim.Optimizer):
+    """`c = (L(θ + ε z) − L(θ − ε z)) / 2ε`, then `θ ← θ − η (c z + λ θ)`, with z ~ N(0, I) made again from a seed.
+
+    `step(closure)` calls the closure twice without gradients; it returns the loss on the same batch both times and
+    does no backward pass. Both calls see the same state of torch's random generator; put the model in `eval()`, as the
+    paper does, all the same: dropout only adds noise. Nothing is kept between steps but their number. θ comes back from
+    its perturbations up to the rounding of its dtype. Biases and other vectors are not decayed; parameters that do not
+    require a gradient are left alone. `c` is that of the last step, `skipped` counts the steps without a finite one.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-6,
+        weight_decay: float = 0.0,
+        eps: float = 1e-3,
+        seed: int = 0,
+        nonfinite: Literal["raise", "skip"] = "raise",
+    ):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "steps": 0, "skipped": 0})
+        self.eps, self.seed, self.nonfinite, self.c = eps, seed, nonfinite, math.nan
+
+    @property
+    def skipped(self) -> int:
+        return int(self.param_groups[0]["skipped"])
+
+    def state_bytes(self) -> int:
+        return 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        if closure is None:
+            raise RankfoldError("a zeroth-order step evaluates the loss itself: call step(closure)")
+        masks = {p: self.mask(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
+        self._perturb(self.eps, masks)
+        with torch.random.fork_rng():
+            plus = closure()
+        self._perturb(-2 * self.eps, masks)
+        minus = closure()
+        self.c = (float(plus) - float(minus)) / (2 * self.eps)
+        finite = math.isfinite(self.c)
+        for group, p, part, z in self._directions(masks):
+            part.add_(z, alpha=self.eps)
+            if finite:
+                if p.dim() > 1:
+                    part.mul_(1 - group["lr"] * group["weight_decay"])
+                part.add_(z, alpha=-group["lr"] * self.c)
+        for group in self.param_groups:
+            group["steps"] += 1
+            group["skipped"] += not finite
+        if not finite and self.nonfinite == "raise":
+            raise RankfoldError(
+                f"the losses of a zeroth-order step are {float(plus)} and {float(minus)}; θ is restored"
+            )
+        return plus
+
+    def mask(self, p: Tensor) -> Tensor | None:
+        """Which numbers of p this step may touch, looked up before anything is perturbed; None is all of them."""
+        return None
+
+    def _perturb(self, size: float, masks: dict[Tensor, Tensor | None]) -> None:
+        for _, _, part, z in self._directions(masks):
+            part.add_(z, alpha=size)
+
+    def _directions(
+        self, masks: dict[Tensor, Tensor | None]
+    ) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
+        """(group, parameter, a piece of it, z of that piece): the same z each time until the step is over."""
+        rngs: dict[torch.device, torch.Generator] = {}
+        digest = hashlib.sha256(f"{self.seed}/{self.param_groups[0]['steps']}".encode()).digest()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in masks:
+                    continue
+                if p.device not in rngs:
+                    rngs[p.device] = torch.Generator(p.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+                wide, mask = torch.promote_types(p.dtype, torch.float32), masks[p]
+                # A parameter whose numbers do not lie in a row cannot be cut into views, and is taken whole.
+                flat, cut = (p.detach().view(-1), _AT_ONCE) if p.is_contiguous() else (p.detach(), len(p))
+                for i, part in enumerate(flat.split(cut)):
+                    z = torch.randn(part.shape, generator=rngs[p.device], device=p.device, dtype=wide)
+                    if mask is not None:
+                        z.mul_(mask.view(flat.shape).split(cut)[i])
+                    yield group, p, part, z
+
+
+class MeZO(Optimizer):
+    """Training without a backward pass: a step along one random direction, as far as two losses say.
+
+    `c = (L(θ + ε z) − L(θ − ε z)) / 2ε` and `θ ← θ − η (c z + λ θ)`. The optimiser needs a closure (see `ZerothOrder`)
+    and a learning rate of 1e-7 to 1e-6 in full models, constant. It takes the memory of inference.
+    """
+
+    slug: ClassVar[str] = "mezo"
+    title: ClassVar[str] = "Fine-Tuning Language Models with Just Forward Passes"
+    source: ClassVar[str] = "arXiv 2305.17333"
+
+    eps: Annotated[float, Field(gt=0, description="size ε of the perturbation")] = 1e-3
+    seed: Annotated[int, Field(ge=0, description="seed of the directions")] = 0
+    nonfinite: Annotated[Literal["raise", "skip"], Field(description="what a loss of NaN or infinity does")] = "raise"
+
+    def optimizer(self, groups: list[dict[str, Any]], lr: float, weight_decay: float) -> ZerothOrder:
+        return ZerothOrder(groups, lr, weight_decay, self.eps, self.seed, self.nonfinite)
