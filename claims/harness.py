@@ -236,7 +236,7 @@ def _build(described: Mapping[str, Any]) -> Any:
 
 
 def _settings(side: Side) -> dict[str, Any]:
-    return {key: value for key, value in vars(side).items() if value not in (None, (), 0, 0.0)}
+    return {key: value for key, value in vars(side).items() if key == "lr" or value not in (None, (), 0)}
 
 
 def _key(task: Any, side: Side, seed: int, measure: Measure | None, how: How) -> str:

@@ -9,7 +9,7 @@ run(
     source="arXiv 2410.13618",
     task="digits",
     sides={
-        "loldu": Side({"name": "loldu", "rank": 64, "alpha": 64}, lr=(1e-2, 1e-1)),
+        "loldu": Side({"name": "loldu", "rank": 64, "alpha": 64}, lr=(3e-4, 1e-3, 3e-3)),
         "head only": Side({"name": "loldu", "rank": 64, "alpha": 64}, lr=0.0),
         "lora": Side({"name": "lora", "rank": 64}, lr=(3e-4, 1e-3)),
     },
