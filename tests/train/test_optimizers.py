@@ -7,6 +7,7 @@ import torch
 
 import rankfold
 from rankfold.errors import RankfoldError
+from rankfold.optim import Subspace, Svd
 from rankfold.train.plan import optimizer_class
 from rankfold.train.recipe import Optimizer
 
@@ -41,9 +42,16 @@ def test_names_of_torch_optim_stay() -> None:
     [
         ({"name": "test-momentum", "momentun": 1}, r"optimizer: test-momentum: momentun.*momentum=0\.5"),
         ({"name": "test-momentu"}, "optimizer.name: there is no 'test-momentu'; did you mean test-momentum"),
-        ({"name": "lora"}, "optimizer.name: there is no 'lora'; torch.optim has: .*; Rankfold has: .*test-momentum"),
+        ({"name": "zzz"}, "optimizer.name: there is no 'zzz'; torch.optim has: .*; Rankfold has: .*test-momentum"),
     ],
 )
 def test_wrong_names_and_arguments(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RankfoldError, match=message):
         optimizer_class(Optimizer(**values))
+
+
+def test_galore_by_its_slug() -> None:
+    make, options = optimizer_class(Optimizer(name="galore", lr=0.1, rank=64))
+    optimizer = make([{"params": [torch.nn.Parameter(torch.ones(128, 96))]}], **options)
+    assert isinstance(optimizer, Subspace)
+    assert optimizer.projector == Svd(64)

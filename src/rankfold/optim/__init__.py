@@ -1,1 +1,22 @@
-"""How the adapter's parameters are stepped: one file a method."""
+"""How parameters are stepped: one file a method, and `Subspace` to compose one's own from the same parts."""
+
+from rankfold.optim._projectors import Columns, Dct, Random, RandomisedSvd, Svd
+from rankfold.optim._rules import SGD, AdamW, Dropped, Feedback, Natural, NormScaled, Rescaled, Signed
+from rankfold.optim._subspace import Subspace
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Columns",
+    "Dct",
+    "Dropped",
+    "Feedback",
+    "Natural",
+    "NormScaled",
+    "Random",
+    "RandomisedSvd",
+    "Rescaled",
+    "Signed",
+    "Subspace",
+    "Svd",
+]

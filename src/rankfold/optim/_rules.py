@@ -1,0 +1,196 @@
+"""Inner rules: what a projected gradient R becomes; residual rules: what is done with the gradient outside."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rankfold.optim._projectors import Frame
+
+TINY = 1e-8
+
+
+# ---- inner rules
+
+
+@dataclass(frozen=True)
+class SGD:
+    """N = R, or with momentum μ: m ← μ m + R, N = m."""
+
+    momentum: float = 0.0
+    moments: ClassVar[tuple[str, ...]] = ("m",)
+
+    def start(self, p: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+        return {"m": p.new_zeros(shape, dtype=dtype)} if self.momentum else {}
+
+    def direction(self, R: Tensor, state: dict[str, Any], t: int) -> tuple[Tensor, float]:
+        if not self.momentum:
+            return R, 1.0
+        return state["m"].mul_(self.momentum).add_(R).clone(), 1.0
+
+    def forget(self, state: dict[str, Any]) -> None:
+        """What is left of the state when the subspace changes, whatever becomes of the moments."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """N = m / (√v + eps), and the factor `√(1-β2ᵗ)/(1-β1ᵗ)` that the step gets besides.
+
+    So does the optimiser of the GaLore family, with eps = 1e-6. `corrected` is torch's Adam, where eps is added after
+    v is corrected: eps times √(1-β2ᵗ), in the same words.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    corrected: bool = False
+    moments: ClassVar[tuple[str, ...]] = ("m", "v")
+
+    def start(self, p: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+        return {"m": p.new_zeros(shape, dtype=dtype), "v": p.new_zeros(shape, dtype=dtype)}
+
+    def direction(self, R: Tensor, state: dict[str, Any], t: int) -> tuple[Tensor, float]:
+        beta1, beta2 = self.betas
+        m = state["m"].lerp_(R, 1 - beta1)
+        v = state["v"].mul_(beta2).addcmul_(R, R, value=1 - beta2)
+        root = math.sqrt(1 - beta2**t)
+        return m / v.sqrt().add_(self.eps * root if self.corrected else self.eps), root / (1 - beta1**t)
+
+    def forget(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Natural(AdamW):
+    """Adam on g̃ = (λI + H Hᵀ)⁻¹ g, with g = vec(R) and H the last `history` of them, g itself the last column.
+
+    Since g = H e, also g̃ = H (λI + HᵀH)⁻¹ e: the same without the difference of large numbers in Woodbury's form.
+    The history is dropped when the subspace changes, since it is told in the old one's coordinates.
+    """
+
+    damping: float = 1e-3
+    history: int = 20
+
+    def start(self, p: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+        H = p.new_zeros(self.history, math.prod(shape), dtype=dtype)
+        return {**super().start(p, shape, dtype), "H": H, "seen": 0}
+
+    def direction(self, R: Tensor, state: dict[str, Any], t: int) -> tuple[Tensor, float]:
+        return super().direction(self.natural(R, state), state, t)
+
+    def natural(self, R: Tensor, state: dict[str, Any]) -> Tensor:
+        place = state["seen"] % self.history
+        state["H"][place] = R.flatten()
+        state["seen"] += 1
+        H = state["H"][: min(state["seen"], self.history)]
+        values, U = torch.linalg.eigh((H @ H.mT).double())
+        y = U @ (U[place] / (values.clamp(min=0) + self.damping))
+        return (H.mT @ y.to(H.dtype)).view_as(R)
+
+    def forget(self, state: dict[str, Any]) -> None:
+        state["seen"] = 0
+
+
+# ---- residual rules
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Nothing is done with it: the step stays in the subspace."""
+
+    alone: ClassVar[bool] = False  # the residual rule makes the whole step
+
+    def start(self, p: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        return {}
+
+    def gradient(self, G: Tensor, state: dict[str, Any]) -> Tensor:
+        """What is projected."""
+        return G
+
+    def step(
+        self, G: Tensor, R: Tensor, N: Tensor, frame: Frame, factor: float, scale: float, state: dict[str, Any]
+    ) -> Tensor | None:
+        """What the step gets besides `factor · scale · up(N)`."""
+        return None
+
+
+@dataclass(frozen=True)
+class Feedback(Dropped):
+    """It is kept, and added to the next gradient: A = G + E, E ← A - up(down(A))."""
+
+    def start(self, p: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        return {"E": p.new_zeros(p.shape, dtype=dtype)}
+
+    def gradient(self, G: Tensor, state: dict[str, Any]) -> Tensor:
+        return G + state["E"]
+
+    def step(
+        self, G: Tensor, R: Tensor, N: Tensor, frame: Frame, factor: float, scale: float, state: dict[str, Any]
+    ) -> Tensor | None:
+        state["E"].copy_(G - frame.up(R))
+        return None
+
+
+@dataclass(frozen=True)
+class Signed(Dropped):
+    """Sign descent: `scale · ratio · sign(G - up(R))`."""
+
+    ratio: float = 1.0
+
+    def step(
+        self, G: Tensor, R: Tensor, N: Tensor, frame: Frame, factor: float, scale: float, state: dict[str, Any]
+    ) -> Tensor | None:
+        return (G - frame.up(R)).sign_().mul_(scale * self.ratio)
+
+
+@dataclass(frozen=True)
+class NormScaled(Dropped):
+    """Gradient descent scaled as the inner rule scaled R: S = φ ⊙ (G - α up(R)), φ = ‖N‖/‖R‖ a row or column.
+
+    α is the optimiser's `scale` (`removes="authors"`) or 1 (`removes="paper"`). The norm of S may grow by the factor
+    `limit` a step; a step without any residual sets no limit for the next.
+    """
+
+    limit: float = 1.01
+    removes: Literal["authors", "paper"] = "authors"
+
+    def start(self, p: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        return {"norm": p.new_zeros((), dtype=dtype)}
+
+    def step(
+        self, G: Tensor, R: Tensor, N: Tensor, frame: Frame, factor: float, scale: float, state: dict[str, Any]
+    ) -> Tensor | None:
+        S = ratios(N, R, frame.along) * (G - (scale if self.removes == "authors" else 1.0) * frame.up(R))
+        return limited(S, state["norm"], self.limit).mul_(factor)
+
+
+@dataclass(frozen=True)
+class Rescaled(NormScaled):
+    """The whole gradient scaled so, and nothing else: √scale · φ ⊙ G. φ a row or column, or one (`tensor`)."""
+
+    tensor: bool = False
+    alone: ClassVar[bool] = True
+
+    def step(
+        self, G: Tensor, R: Tensor, N: Tensor, frame: Frame, factor: float, scale: float, state: dict[str, Any]
+    ) -> Tensor | None:
+        S = ratios(N, R, None if self.tensor else frame.along) * G
+        return limited(S, state["norm"], self.limit).mul_(factor * math.sqrt(scale))
+
+
+def ratios(N: Tensor, R: Tensor, along: int | None) -> Tensor:
+    """‖N‖ / ‖R‖, norms taken along that dimension, or of the whole matrix."""
+    dims = (0, 1) if along is None else along
+    return N.norm(dim=dims, keepdim=True) / (R.norm(dim=dims, keepdim=True) + TINY)
+
+
+def limited(S: Tensor, last: Tensor, limit: float) -> Tensor:
+    """S, cut to `limit` times the norm it had after the last step's cut, which `last` holds and is then told."""
+    norm = S.norm()
+    cut = torch.where(last > 0, (norm / (last + TINY)).clamp(min=limit) / limit, 1.0)
+    last.copy_(norm / cut)
+    return S / cut
+
+
+Inner = SGD | AdamW
+Residual = Dropped
