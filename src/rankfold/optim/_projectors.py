@@ -56,12 +56,17 @@ class Frame(NamedTuple):
 class Projector:
     """`rank` directions of one side of G. `std` compresses the smaller side, `reverse_std` the larger, `full` both.
 
-    A rank above G's smaller side means all of it. A subclass says what is kept (`start`), how it is renewed from a
-    gradient (`refresh`) and what basis it stands for (`frame`).
+    A rank above G's smaller side means all of it. `density` gives the rank as a share of that side instead. A subclass
+    says what is kept (`start`), how it is renewed from a gradient (`refresh`) and what basis it stands for (`frame`).
     """
 
-    rank: int
+    rank: int = 0
     side: Side = "std"
+    density: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.density is not None and not 0 <= self.density <= 1:
+            raise RankfoldError(f"density is a share between 0 and 1, not {self.density}")
 
     def sides(self, shape: torch.Size) -> dict[str, int]:
         """The sides that are compressed, each with its length."""
@@ -74,7 +79,8 @@ class Projector:
 
     def size(self, shape: torch.Size) -> dict[str, int]:
         """How many directions of each compressed side are kept."""
-        return dict.fromkeys(self.sides(shape), min(self.rank, *shape))
+        rank = min(self.rank, *shape) if self.density is None else round(self.density * min(shape))
+        return dict.fromkeys(self.sides(shape), rank)
 
     def projected(self, shape: torch.Size) -> tuple[int, int]:
         """The shape of R."""
@@ -101,7 +107,7 @@ class Svd(Projector):
     """The leading singular vectors of G: the best subspace there is, and the dearest."""
 
     def refresh(self, G: Tensor, state: dict[str, Any], seed: int) -> None:
-        self._take(svd(G, min(self.rank, *G.shape)), state)
+        self._take(svd(G, max(self.size(G.shape).values())), state)
 
     def _take(self, decomposed: tuple[Tensor, Tensor, Tensor], state: dict[str, Any]) -> None:
         U, _, Vh = decomposed
@@ -118,7 +124,8 @@ class RandomisedSvd(Svd):
 
     def refresh(self, G: Tensor, state: dict[str, Any], seed: int) -> None:
         rng = torch.Generator().manual_seed(seed)
-        self._take(randomised_svd(G, min(self.rank, *G.shape), rng, iterations=self.iterations), state)
+        rank = max(self.size(G.shape).values())
+        self._take(randomised_svd(G, rank, rng, iterations=self.iterations), state)
 
 
 @dataclass(frozen=True)
@@ -132,23 +139,23 @@ class Random(Projector):
         return super().start(p, dtype) if self.orthogonal else {"seed": 0}
 
     def refresh(self, G: Tensor, state: dict[str, Any], seed: int) -> None:
-        state["seed"] = seed
-        if self.orthogonal:
-            del state["seed"]
-            for side, drawn in self._draw(G, seed).items():
-                state[side].copy_(orthonormalise(drawn))
+        if not self.orthogonal:
+            state["seed"] = seed
+            return
+        for side, drawn in self._draw(G, seed).items():
+            state[side].copy_(orthonormalise(drawn))
 
     def frame(self, state: dict[str, Any], G: Tensor) -> Frame:
         if self.orthogonal:
             return super().frame(state, G)
-        bases = self._draw(G, state["seed"])
+        bases = {side: drawn / math.sqrt(drawn.shape[1]) for side, drawn in self._draw(G, state["seed"]).items()}
         return Frame(bases.get("left"), bases.get("right"), G.shape)
 
     def _draw(self, G: Tensor, seed: int) -> dict[str, Tensor]:
         rng = torch.Generator(G.device).manual_seed(seed)
         size = self.size(G.shape)
         return {
-            side: torch.randn(n, size[side], generator=rng, dtype=G.dtype, device=G.device) / math.sqrt(size[side])
+            side: torch.randn(n, size[side], generator=rng, dtype=G.dtype, device=G.device)
             for side, n in self.sides(G.shape).items()
         }
 
@@ -190,13 +197,7 @@ def dct_basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 class Columns(Projector):
     """Whole columns of G (rows, with side="left") drawn at random: `rank` of them, or the share `density`."""
 
-    rank: int = 0
     side: Side = "right"
-    density: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.density is not None and not 0 <= self.density <= 1:
-            raise RankfoldError(f"density is a share between 0 and 1, not {self.density}")
 
     def size(self, shape: torch.Size) -> dict[str, int]:
         share = self.density

@@ -1,0 +1,64 @@
+"""FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training. Zmushko et al. 2024,
+arXiv 2411.07837."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from rankfold.core import Optimizer
+from rankfold.optim._base import NotFinite
+from rankfold.optim._fields import Share
+from rankfold.optim._projectors import Columns, Projector, Random, Svd
+from rankfold.optim._rules import AdamW, Signed
+from rankfold.optim._subspace import Subspace
+
+
+class Frugal(Optimizer):
+    """Adam on a part of the gradient, sign descent on the rest:
+
+        W ← (1 - ηλ) W - η a · (up(Adam(down(G))) + b · sign(G - up(down(G))))
+
+    The part is a share `density` of the columns (or rows) of each matrix, drawn anew every T steps, or that share of
+    its singular or of random orthonormal directions. With a new part the moments and Adam's count of steps begin
+    again. State: 2 · density · out · in numbers, and the places. The authors' other forms (single entries, whole
+    matrices) are not here.
+    """
+
+    slug: ClassVar[str] = "frugal"
+    title: ClassVar[str] = "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training"
+    source: ClassVar[str] = "arXiv 2411.07837"
+
+    density: Annotated[float, Field(ge=0, le=1, description="share of each matrix that Adam steps")] = 0.25
+    part: Literal["columns", "rows", "svd", "random"] = "columns"
+    every: Annotated[int, Field(ge=1, description="steps between two parts")] = 200
+    scale: Annotated[float, Field(gt=0, description="a: learning rate of matrices over that of the rest")] = 1.0
+    sign_scale: Annotated[float, Field(ge=0, description="b: of sign descent over Adam; 0.1 to fine-tune")] = 1.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    seed: Annotated[int, Field(ge=0)] = 0
+    not_finite: NotFinite = "raise"
+
+    def basis(self) -> Projector:
+        if self.part in ("columns", "rows"):
+            return Columns(density=self.density, side="left" if self.part == "rows" else "right")
+        return Svd(density=self.density) if self.part == "svd" else Random(density=self.density, orthogonal=True)
+
+    def optimizer(self, groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        adamw = AdamW(self.betas, self.eps, corrected=True)
+        return Subspace(
+            groups,
+            lr,
+            weight_decay,
+            projector=self.basis(),
+            inner=adamw,
+            residual=Signed(self.sign_scale),
+            fallback=adamw,
+            scale=self.scale,
+            every=self.every,
+            switch="reset",
+            spread=False,
+            decay="before",
+            seed=self.seed,
+            not_finite=self.not_finite,
+        )
