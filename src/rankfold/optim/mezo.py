@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rankfold.core import Optimizer
 from rankfold.errors import RankfoldError
+from rankfold.optim._base import NotFinite
 
 _AT_ONCE = 2**20  # numbers of z made at a time: what a step needs beside the forward pass
 
@@ -32,10 +33,10 @@ class ZerothOrder(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         eps: float = 1e-3,
         seed: int = 0,
-        nonfinite: Literal["raise", "skip"] = "raise",
+        not_finite: NotFinite = "raise",
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "steps": 0, "skipped": 0})
-        self.eps, self.seed, self.nonfinite, self.c = eps, seed, nonfinite, math.nan
+        self.eps, self.seed, self.not_finite, self.c = eps, seed, not_finite, math.nan
 
     @property
     def skipped(self) -> int:
@@ -65,7 +66,7 @@ class ZerothOrder(torch.optim.Optimizer):
         for group in self.param_groups:
             group["steps"] += 1
             group["skipped"] += not finite
-        if not finite and self.nonfinite == "raise":
+        if not finite and self.not_finite == "raise":
             raise RankfoldError(
                 f"the losses of a zeroth-order step are {float(plus)} and {float(minus)}; θ is restored"
             )
@@ -114,7 +115,7 @@ class MeZO(Optimizer):
 
     eps: Annotated[float, Field(gt=0, description="size ε of the perturbation")] = 1e-3
     seed: Annotated[int, Field(ge=0, description="seed of the directions")] = 0
-    nonfinite: Annotated[Literal["raise", "skip"], Field(description="what a loss of NaN or infinity does")] = "raise"
+    not_finite: Annotated[NotFinite, Field(description="what a loss of NaN or infinity does")] = "raise"
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float, weight_decay: float) -> ZerothOrder:
-        return ZerothOrder(groups, lr, weight_decay, self.eps, self.seed, self.nonfinite)
+        return ZerothOrder(groups, lr, weight_decay, self.eps, self.seed, self.not_finite)

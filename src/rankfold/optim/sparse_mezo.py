@@ -47,4 +47,4 @@ class SparseMeZO(MeZO):
     sparsity: Annotated[float, Field(ge=0, lt=1, description="share of the numbers, the largest, left alone")] = 0.75
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float, weight_decay: float) -> SparseZerothOrder:
-        return SparseZerothOrder(groups, lr, weight_decay, self.eps, self.seed, self.nonfinite, sparsity=self.sparsity)
+        return SparseZerothOrder(groups, lr, weight_decay, self.eps, self.seed, self.not_finite, sparsity=self.sparsity)

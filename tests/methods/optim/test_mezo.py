@@ -104,7 +104,7 @@ def test_an_infinite_loss_is_raised_or_skipped_and_never_reaches_theta():
     before = p.detach().clone()
     with pytest.raises(rankfold.RankfoldError, match="restored"):
         MeZO().optimizer([{"params": [p]}], 1.0, 0.5).step(lambda: math.nan)
-    optimizer = MeZO(nonfinite="skip").optimizer([{"params": [p]}], 1.0, 0.5)
+    optimizer = MeZO(not_finite="skip").optimizer([{"params": [p]}], 1.0, 0.5)
     optimizer.step(lambda: math.inf)
     assert optimizer.skipped == 1
     close(p, before)
