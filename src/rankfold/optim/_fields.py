@@ -7,6 +7,7 @@ from pydantic import Field
 
 from rankfold.core import Optimizer
 from rankfold.optim._base import NotFinite
+from rankfold.optim._eightbit import AdamW8bit
 from rankfold.optim._projectors import Dct, Projector, RandomisedSvd, Side, Svd
 from rankfold.optim._rules import AdamW, Dropped, Inner, Residual
 from rankfold.optim._subspace import Subspace
@@ -58,3 +59,14 @@ class Projected(Optimizer):
             seed=self.seed,
             not_finite=self.not_finite,
         )
+
+
+class EightBit(Projected):
+    """The same with moments in 8 bits, where asked; the basis stays as it is."""
+
+    bits: Annotated[
+        Literal[8, 32], Field(description="of a moment; 8 keeps matrices below 4096 numbers as they are")
+    ] = 32
+
+    def adamw(self) -> AdamW:
+        return AdamW8bit(self.betas, self.eps) if self.bits == 8 else super().adamw()

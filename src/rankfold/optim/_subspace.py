@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rankfold.errors import RankfoldError
 from rankfold.optim._base import NotFinite, Stepwise, precise
+from rankfold.optim._eightbit import AdamW8bit
 from rankfold.optim._projectors import Projector, Random
 from rankfold.optim._rules import AdamW, Dropped, Inner, Residual
 
@@ -57,6 +58,8 @@ class Subspace(Stepwise):
             raise RankfoldError(f"every: a basis is renewed after at least one step, not {every}")
         if switch == "rotate" and isinstance(projector, Random) and not projector.orthogonal:
             raise RankfoldError("switch: moments cannot be rotated between random bases that are not orthonormal")
+        if switch != "keep" and isinstance(inner, AdamW8bit):
+            raise RankfoldError(f"switch: moments in 8 bits are kept when the basis changes; {switch} needs 32")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "project": True}, not_finite)
         self.projector, self.inner, self.residual, self.fallback = projector, inner, residual, fallback
         self.scale, self.every, self.switch, self.spread = scale, every, switch, spread

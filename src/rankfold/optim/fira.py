@@ -4,11 +4,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rankfold.optim._fields import Projected
+from rankfold.optim._fields import EightBit
 from rankfold.optim._rules import NormScaled
 
 
-class Fira(Projected):
+class Fira(EightBit):
     """GaLore, and the gradient outside its subspace scaled a row (or column) as Adam scaled it inside:
 
         S = ‖N_j‖ / ‖R_j‖ · (G - α up(R)),  W ← W - η √(1-β2ᵗ)/(1-β1ᵗ) · (α up(N) + S)

@@ -6,7 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rankfold.optim._fields import Projected
+from rankfold.optim._base import precise
+from rankfold.optim._fields import EightBit
 from rankfold.optim._subspace import Subspace
 
 
@@ -22,7 +23,7 @@ class WeightNormed(Subspace):
     def start(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = super().start(p, group)
         if self.projects(p, group):
-            length = p.detach().to(state["m"].dtype if "m" in state else p.dtype).norm(dim=1, keepdim=True)
+            length = p.detach().to(precise(p)).norm(dim=1, keepdim=True)
             state["length"] = length
             own = self.fallback.start(p, tuple(length.shape), length.dtype)
             state.update({f"g.{name}": value for name, value in own.items()})
@@ -52,7 +53,7 @@ def normed_gradients(U: Tensor, g: Tensor, length: Tensor, G: Tensor, project: b
     return g / length * (G - dg * U if project else G), dg
 
 
-class GradNormLoRP(Projected):
+class GradNormLoRP(EightBit):
     """GaLore on the direction of a weight-normalised matrix, plain Adam on the magnitude of each row:
 
         W = g ⊙ V/‖V‖,  ∇g = Σ_j G_ij V_ij/‖V_i‖,  ∇V = g/‖V‖ (G - ∇g V/‖V‖)
