@@ -32,7 +32,10 @@ def quantise(x: Tensor, code: Tensor, largest: Tensor, signed: bool) -> None:
     largest.copy_(blocks.abs().amax(1))
     table = codes(signed, x.dtype, x.device)
     scaled = blocks / torch.where(largest > 0, largest, 1).to(x.dtype).unsqueeze(1)
-    code.copy_(torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).view(-1)[: len(x)])
+    nearest = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2)
+    if not signed:  # a v that became zero beside an m that did not would make the next step a million times too long
+        nearest.masked_fill_((nearest == 0) & (blocks > 0), 1)
+    code.copy_(nearest.view(-1)[: len(x)])
 
 
 def dequantise(code: Tensor, largest: Tensor, signed: bool, dtype: torch.dtype) -> Tensor:
