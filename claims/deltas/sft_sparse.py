@@ -9,7 +9,7 @@ run(
     sides={
         "growing": Side(
             {"name": "sft-sparse", "total": 368_640},
-            lr=(1e-3, 4e-3, 1e-2),
+            lr=(3e-5, 1e-4, 3e-4),
             callbacks=({"name": "sft-regrow", "period": 10, "window": 3},),
         ),
         "fixed": Side({"name": "sft-sparse", "total": 368_640}, lr=(1e-3, 4e-3, 1e-2)),
