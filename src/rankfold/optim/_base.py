@@ -46,10 +46,13 @@ class Stepwise(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    if p not in self.state:
-                        self.state[p] = self.start(p, group)
-                    self.update(p, p.grad.to(precise(p)), self.state[p], group)
+                    self.step_one(p, p.grad, group)
         return loss
+
+    def step_one(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        if p not in self.state:
+            self.state[p] = self.start(p, group)
+        self.update(p, grad.to(precise(p)), self.state[p], group)
 
     def state_bytes(self) -> int:
         """Bytes of state for all parameters, stepped yet or not."""

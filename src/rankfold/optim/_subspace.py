@@ -1,9 +1,11 @@
 """The one optimiser of the family that follows gradients in a subspace: projector × inner rule × residual rule."""
 
+import functools
 import random
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from rankfold.errors import RankfoldError
@@ -69,6 +71,28 @@ class Subspace(Stepwise):
         super().add_param_group(param_group)
         own = [p for group in self.param_groups for p in group["params"] if self.projects(p, group)]
         self._places = {p: place for place, p in enumerate(own)}
+
+    def step_in_backward(self) -> None:
+        """From now on step each parameter as soon as a backward pass has its gradient, and free the gradient.
+
+        Then no more than one gradient is held, and `step()` finds nothing left to do. Every backward pass is a step:
+        gradients cannot be accumulated over several, nor clipped by the norm of all.
+        """
+        for place, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                p.register_post_accumulate_grad_hook(functools.partial(self._step_now, place))
+
+    @torch.no_grad()
+    def _step_now(self, place: int, p: Tensor) -> None:
+        grad, p.grad = p.grad, None
+        if grad is None:
+            return
+        if bool(torch.isfinite(grad).all()):
+            self.step_one(p, grad, self.param_groups[place])
+        elif self.not_finite == "raise":
+            raise RankfoldError(f"the gradient of a parameter {tuple(p.shape)} holds NaN or infinity")
+        else:
+            self.skipped += 1
 
     def projects(self, p: Tensor, group: dict[str, Any]) -> bool:
         return p.ndim == 2 and group["project"]

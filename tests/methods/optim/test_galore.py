@@ -160,6 +160,40 @@ def test_a_closure_a_schedule_and_a_group_with_its_own_rate() -> None:
     assert torch.equal(q, before)
 
 
+def test_steps_within_the_backward_pass_are_the_same_steps() -> None:
+    nets = [nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)).double() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    plain, within = (made(GaLore(rank=2, every=2), *net.parameters(), lr=0.1, decay=0.1) for net in nets)
+    within.step_in_backward()
+    for step in range(5):
+        x = draw(8, 6, seed=step)
+        for net in nets:
+            net(x).square().mean().backward()
+        assert all(p.grad is None for p in nets[1].parameters())
+        plain.step()
+        plain.zero_grad()
+        within.step()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert within.state[nets[1][0].weight]["step"] == 5
+
+
+def test_within_the_backward_pass_nothing_that_is_not_finite_is_taken() -> None:
+    for option in ("raise", "skip"):
+        p = parameter(4, 3)
+        optimizer = made(GaLore(rank=2, not_finite=option), p)
+        optimizer.step_in_backward()
+        before = p.detach().clone()
+        if option == "raise":
+            with pytest.raises(rankfold.RankfoldError, match="NaN or infinity"):
+                (p * float("nan")).sum().backward()
+        else:
+            (p * float("nan")).sum().backward()
+            assert optimizer.skipped == 1
+        assert torch.equal(p, before)
+        assert p not in optimizer.state
+
+
 def test_wrong_values() -> None:
     with pytest.raises(rankfold.RankfoldError, match="rank"):
         rankfold.build("galore", rank=0)
