@@ -74,6 +74,15 @@ def test_sleeping_layers_stay_bit_for_bit_and_the_rest_trains():
         assert len(optimizer.state) <= 4 + 2  # embed, head, and no layer that is asleep
 
 
+def test_gradients_of_layers_that_fall_asleep_are_freed():
+    net, _ = started(method := LISA(layers=1, every=1))
+    for step in range(6):
+        net(draw(7, 6, dtype=torch.float32)).sum().backward()
+        method.after_step(step)
+        awake = set(method.awake)
+        assert all(p.grad is None for n, p in net.named_parameters() if "layers" in n and n[:8] not in awake)
+
+
 def test_keep_keeps_the_moments():
     net, optimizer = started(method := LISA(layers=1, every=1, on_switch="keep"))
     train(net, optimizer, method, range(12))

@@ -136,6 +136,16 @@ def test_rite_clips_over_all_factors():
     assert sum(traces).sqrt().item() == pytest.approx(1e-3)
 
 
+def test_the_first_step_of_rite_does_not_depend_on_the_clip():
+    steps = []
+    for clip in (0, 1e-3):
+        _, delta, adapter = trained()
+        backward(delta)
+        rite(adapter, clip=clip, eps=1e-14).step()
+        steps.append((delta.B @ delta.A).detach())
+    close(*steps, atol=1e-8)
+
+
 def test_rite_resumes_bit_for_bit_and_counts_its_state():
     def steps(delta, optimizer, first):
         for step in range(first, first + 3):
