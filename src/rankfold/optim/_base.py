@@ -81,6 +81,9 @@ class Stepwise(torch.optim.Optimizer):
         ]
         if not names:
             return True
+        # A sum is finite only if every term is, and much cheaper; one that overflows is looked at again.
+        if bool(torch.stack([grad.sum().to(names[0][1].device) for _, grad in names]).isfinite().all()):
+            return True
         finite = torch.stack([torch.isfinite(grad).all().to(names[0][1].device) for _, grad in names])
         if bool(finite.all()):
             return True

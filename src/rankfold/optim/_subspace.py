@@ -138,7 +138,7 @@ class Subspace(Stepwise):
         rest = self.residual.step(G, R, N, frame, factor, self.scale, state)
         if self.residual.alone and rest is not None:
             return rest
-        inside = frame.up(N).mul_(factor * self.scale)
+        inside = frame.up(N * (factor * self.scale))
         return inside if rest is None else inside.add_(rest)
 
     def _due(self, p: Tensor, step: int) -> bool:
