@@ -18,8 +18,11 @@ from tests.train import tiny
 pytestmark = pytest.mark.slow
 
 
-def launch(module: str, recipe: Path, output: Path, *options: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", module]
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2")
+
+
+def launch(module: str, recipe: Path, output: Path, *options: str, launcher: tuple[str, ...] = TORCHRUN) -> None:
+    command = [sys.executable, "-m", *launcher, "-m", module]
     subprocess.run(
         [*command, "train", str(recipe), "--output", str(output), *options, "--debug"], check=True, timeout=300
     )
@@ -50,6 +53,18 @@ def test_two_processes_train_as_one(module: str, alone: tuple[Path, Path], tmp_p
     whole = load_file(run / "adapter" / "adapter.safetensors")
     for name, tensor in load_file(tmp_path / "two" / "adapter" / "adapter.safetensors").items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_accelerate_launch_trains_as_ever(alone: tuple[Path, Path], tmp_path: Path) -> None:
+    """On processors alone it starts one process, unless there is an MPI; several are started by torchrun above."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(alone[1].read_text().replace("size: 4", "size: 8", 1))
+    accelerate = ("accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1")
+    launch("rankfold", recipe, tmp_path / "launched", launcher=accelerate)
+    ours, theirs = (load_file(path / "adapter" / "adapter.safetensors") for path in (alone[0], tmp_path / "launched"))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("module", ["rankfold", "tests.train.sharded"], ids=["ddp", "fsdp"])
