@@ -9,7 +9,7 @@ run(
     sides={
         "lora-ga": Side(
             {"name": "lora", "rank": 8, "alpha": 16, "rslora": True},
-            lr=(3e-4, 1e-3),
+            lr=(3e-5, 1e-4, 3e-4),
             init={"name": "lora-ga"},
             calibration=4,
         ),
