@@ -17,10 +17,11 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the 
 _ADDRESS = re.compile(
     r"""(?:\b(?:src|href|srcset|action|data|poster)\s*=\s*|\burl\(\s*|@import\s+)["']?\s*([^"'\s>)]+)"""
 )
-_FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --enable-logging=stderr"
-).split()
+_FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--hide-scrollbars", "--enable-logging=stderr",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
