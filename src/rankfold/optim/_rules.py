@@ -52,11 +52,17 @@ class AdamW:
 
     def direction(self, R: Tensor, state: dict[str, Any], t: int) -> tuple[Tensor, float]:
         beta1, beta2 = self.betas
-        m = state["m"].lerp_(R, 1 - beta1)
-        v = state["v"].mul_(beta2).addcmul_(R, R, value=1 - beta2)
-        root = math.sqrt(1 - beta2**t)
-        N = v.sqrt().add_(self.eps * root if self.corrected else self.eps)
-        return torch.div(m, N, out=N), root / (1 - beta1**t)
+        root, first = math.sqrt(1 - beta2**t), 1 - beta1**t
+        # torch's fused step, one pass over memory: it takes lr · N · root/first off a matrix, here off 0. It takes the
+        # numbers as they lie in memory, so that R has to lie as the moments do.
+        R = R.contiguous()
+        N, steps = torch.zeros_like(R), [torch.tensor(float(t), device=R.device)]
+        eps = self.eps if self.corrected else self.eps / root
+        torch._fused_adam_(
+            [N], [R], [state["m"]], [state["v"]], [], steps, lr=-first / root, beta1=beta1, beta2=beta2,
+            weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        return N, root / first
 
     def forget(self, state: dict[str, Any]) -> None: ...
 

@@ -39,6 +39,16 @@ def test_two_steps_and_decay_by_hand() -> None:
     close(p, [list(W), [below] * 3])
 
 
+def test_a_gradient_that_lies_transposed_in_memory_is_stepped_by_as_any() -> None:
+    inner, transposed = GaLore(rank=9).optimizer([parameter(5, 3)], 0.1, 0.0).inner, draw(3, 5, seed=1).mT
+    p = parameter(5, 3)
+    (N, _), (expected, _) = (
+        inner.direction(G, inner.start(p, (5, 3), DOUBLE), 1) for G in (transposed, transposed.contiguous())
+    )
+    close(N, expected)
+    close(N, 0.1 * transposed / (0.001**0.5 * transposed.abs() + 1e-6))
+
+
 def test_each_step_has_rank_r_and_k_subspaces_have_k_r() -> None:
     p = parameter(8, 6)
     start = p.detach().clone()
