@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import rankfold
+from rankfold.audit import entanglement
 from rankfold.audit.forgetting import Forgetting, blocks_of, forgetting
 from rankfold.audit.page import page
 from rankfold.audit.report import Audit, Limits, alarms, audit, soften
@@ -44,7 +45,7 @@ def test_rows_say_what_dense_algebra_says() -> None:
     assert row.singular_values == pytest.approx(torch.linalg.svdvals(D)[:2].tolist(), rel=1e-4)
     U0, U1 = torch.linalg.svd(W, full_matrices=False)[0], torch.linalg.svd(W + D)[0]
     assert row.matches == pytest.approx((U0.T @ U1[:, :10]).abs().amax(0).tolist(), abs=1e-4)
-    assert set(made.missing) == {"forgetting", "norms", "refusals"}
+    assert set(made.missing) == {"forgetting", "norms", "attention", "refusals"}
 
 
 def test_turning_the_factors_changes_nothing() -> None:
@@ -119,10 +120,60 @@ def test_a_reference_is_measured_beside_it() -> None:
     made = audit(model, reference=other)
     for row in made.rows:
         assert row.reference is not None
-        assert row.shared == pytest.approx(1, abs=1e-4)  # it is the same change
+        both = row.between["reference"]  # it is the same change
+        assert (both.left, both.right) == pytest.approx((1, 1), abs=1e-4)
         assert row.reference.frobenius_norm == pytest.approx(row.frobenius_norm, rel=1e-3)
     with pytest.raises(rankfold.RankfoldError, match="another model"):
         audit(model, reference=nn.Linear(2, 2))
+
+
+def test_other_adapters_are_measured_beside_it() -> None:
+    """One that reads what it reads and writes elsewhere, one on other weights, and one that does nothing."""
+    model, adapter = adapted()
+    reads, _, _ = (
+        rankfold.attach(model, rankfold.LoRA(rank=2), targets=targets, name=name)
+        for name, targets in (("reads", ["q_proj"]), ("elsewhere", ["o_proj"]), ("nothing", ["q_proj"]))
+    )
+    for site, delta in reads.deltas.items():
+        mine = adapter.deltas[site]
+        delta.A.data.copy_(mine.A.data)
+        away = torch.randn(delta.B.shape, generator=torch.Generator().manual_seed(5))
+        Q = torch.linalg.qr(mine.B.detach()).Q
+        delta.B.data.copy_(away - Q @ (Q.T @ away))
+    made = audit(model, "default", others=["reads", "elsewhere", "nothing"])
+    for row in made.rows:
+        assert set(row.between) == ({"reads"} if row.site.endswith("q_proj") else set())
+        for both in row.between.values():
+            assert both.left == pytest.approx(0, abs=1e-5)
+            assert both.right == pytest.approx(1, abs=1e-5)
+            assert both.left_chance == both.right_chance == 2 / 32
+    assert "overlap with elsewhere" in made.missing
+    assert "overlap with nothing" in made.missing
+    with pytest.raises(rankfold.RankfoldError, match="no adapter"):
+        audit(model, "default", others=["unknown"])
+
+
+def test_attention_with_the_adapter_and_without() -> None:
+    model, _ = adapted()
+    found = entanglement.attention(model, "default", blocks(), texts=2)
+    assert found.tokens == 64
+    assert model.config._attn_implementation != "eager"
+    model.set_attn_implementation("eager")
+    curves = []
+    with rankfold.using(model, None), torch.no_grad():
+        for block in blocks()[:2]:
+            layers = model(input_ids=block[None, :64], output_attentions=True).attentions
+            for head in torch.cat([layer[0] for layer in layers]).double():
+                cuts = [torch.linalg.svdvals(head.reshape(2**cut, -1)).square() for cut in range(1, 12)]
+                curves.append([float(-torch.special.xlogy(p / p.sum(), p / p.sum()).sum()) for p in cuts])
+    assert found.base == pytest.approx(torch.tensor(curves).mean(0).tolist(), abs=1e-5)
+    assert max(found.layers) > 1e-4
+    assert found.base_law == entanglement.law(found.base[:6])
+    silent, _ = adapted(size=0.0)
+    same = entanglement.attention(silent, "default", blocks(), texts=1)
+    assert same.base == same.adapted
+    with pytest.raises(rankfold.RankfoldError, match="too short"):
+        entanglement.attention(model, "default", [torch.arange(7)] * 2)
 
 
 def test_softened_intruders_have_the_size_they_are_given() -> None:

@@ -6,15 +6,22 @@ first, then those of the column. At the cut behind site l it is a matrix (2ˡ, 2
     S(l) = -Σ p ln p,  p = σ² / Σσ²   (nats)
 
 At l = a that is a matter of the singular values of the matrix itself, and at most ln r for rank r: a product of two
-factors has a valley there that an update of full rank has not. No code of the authors is public; the order of the sites
-and what is done with sizes that are no powers of two (cut down to one: padding with zeros would lower S) are ours.
+factors has a valley there that an update of full rank has not. The external entanglement is that of the attention
+probabilities (T, T) of T = 2ᵗ tokens; of it the paper says that low rank and tuning in full leave it alike.
+
+No code of the authors is public; the order of the sites, what is done with sizes that are no powers of two (cut down to
+one: padding with zeros would lower S) and how attention is sampled are ours.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import rankfold
 from rankfold.audit.metrics import entropy
 from rankfold.errors import RankfoldError
 
@@ -53,9 +60,15 @@ def profile(B: Tensor, A: Tensor) -> Profile:
     return Profile(entropies, ranks, a)
 
 
-def profile_of(M: Tensor) -> Profile:
-    """Of a matrix (out, in), as of attention probabilities (T, T)."""
-    return profile(M, torch.eye(M.shape[1], dtype=M.dtype, device=M.device))
+def curve(M: Tensor) -> Tensor:
+    """S(l) at l = 1 ... 2t - 1 of each matrix (..., T, T), which no factors tell: attention probabilities."""
+    bits = 2 * (M.shape[-1].bit_length() - 1)
+    entropies = []
+    for cut in range(1, bits):
+        X = M.double().reshape(*M.shape[:-2], 2**cut, -1)
+        X = X if X.shape[-2] <= X.shape[-1] else X.mT
+        entropies.append(entropy(torch.linalg.eigvalsh(X @ X.mT).clamp_min(0)))
+    return torch.stack(entropies, -1)
 
 
 @dataclass(frozen=True)
@@ -83,3 +96,55 @@ def _line(x: Tensor, y: Tensor) -> tuple[float, float]:
     slope = (x * y).sum() / x.square().sum()
     total = y.square().sum()
     return float(slope), float(1 - (y - slope * x).square().sum() / total) if total > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The external entanglement S(l) over `tokens` tokens, the mean over layers, heads and texts, with and without the
+    adapter; `layers` says by how much the layers' own curves moved at most. The laws are of the first half, l ≤ t."""
+
+    tokens: int
+    base: list[float]
+    adapted: list[float]
+    layers: list[float]
+    base_law: Law
+    adapted_law: Law
+
+
+@torch.no_grad()
+def attention(model: nn.Module, name: str, blocks: Sequence[Tensor], texts: int = 4) -> Attention:
+    """Of the first blocks of token ids (L,) each, under adapter `name`. Raises where the model shows no attention."""
+    bits = min(6, len(blocks[0]).bit_length() - 1)
+    if bits < 3:
+        raise RankfoldError(f"blocks of {len(blocks[0])} tokens are too short for attention's entanglement: 8 at least")
+    device, was_training, found = next(model.parameters()).device, model.training, []
+    model.eval()
+    try:
+        with _shown(model):
+            for route in (None, name):
+                with rankfold.using(model, route):
+                    of_texts = []
+                    for block in blocks[:texts]:
+                        out: Any = model(input_ids=block[None, : 2**bits].to(device), output_attentions=True)
+                        if not getattr(out, "attentions", None) or out.attentions[0] is None:
+                            raise RankfoldError(f"{type(model).__name__} does not show its attention")
+                        of_texts.append(torch.stack([curve(layer[0]).mean(0) for layer in out.attentions]))
+                    found.append(torch.stack(of_texts).mean(0))  # (layers, 2t - 1)
+    finally:
+        model.train(was_training)
+    base, adapted = (curves.mean(0).tolist() for curves in found)
+    moved = (found[1] - found[0]).abs().amax(-1).tolist()
+    return Attention(2**bits, base, adapted, moved, law(base[:bits]), law(adapted[:bits]))
+
+
+@contextmanager
+def _shown(model: Any) -> Iterator[None]:
+    """The fused implementations of attention never hold the probabilities."""
+    if not hasattr(model, "set_attn_implementation"):
+        raise RankfoldError(f"{type(model).__name__} has no attention that can be shown")
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

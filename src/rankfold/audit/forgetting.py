@@ -39,7 +39,8 @@ def forgetting(
 ) -> Forgetting:
     """Under adapter `name`, on blocks of token ids (L,) each, for a causal language model.
 
-    The interval is a paired bootstrap over the blocks. Raises RankfoldError for fewer than two blocks.
+    The interval is a paired bootstrap over the blocks. Raises RankfoldError for fewer than two blocks, and for another
+    kind of model.
     """
     if len(blocks) < 2:
         raise RankfoldError(f"forgetting is measured on two blocks of text at least, not {len(blocks)}")
@@ -83,7 +84,10 @@ def forgetting(
 
 def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
     """Of the tokens at 1, 2, ... (L - 1, vocabulary), in float32 at least."""
-    logits = model(input_ids=ids).logits[0, :-1]
+    logits = getattr(model(input_ids=ids), "logits", ids)
+    if logits.shape[:-1] != ids.shape:
+        raise RankfoldError(f"{type(model).__name__} is no causal language model: it gives no token a probability")
+    logits = logits[0, :-1]
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
 
 

@@ -1,7 +1,7 @@
 """The audit of an adapter: a row of measures for each adapted weight, measures of the whole model, and alarms."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from rankfold.audit.safety import Refusals
 from rankfold.core.adapter import Adapter
 from rankfold.core.convert import as_lora, product
 from rankfold.core.linalg import svd_of_product
-from rankfold.core.rank import replace
+from rankfold.core.rank import replace as put
 from rankfold.core.routing import state_of
 from rankfold.errors import RankfoldError
 
@@ -33,10 +33,22 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Between:
+    """How the left and the right space of ΔW overlap with another adapter's, as many directions as both have; `chance`
+    is what spaces that know nothing of each other would have."""
+
+    left: float
+    left_chance: float
+    right: float
+    right_chance: float
+
+
+@dataclass(frozen=True)
 class Row:
     """What a change did to one weight W (out, in). `matches` are m_j of the leading components of W + ΔW; `overlap` is
     the similarity of ΔW's left space and as many leading left vectors of W, `chance` what it would be by chance;
-    `reference` holds the same measures of the reference's change, and `shared` how its left space overlaps."""
+    `reference` holds the same measures of the reference's change, and `between` how ΔW's spaces lie to those of the
+    other adapters that change this weight, by their names, and of the reference."""
 
     site: str
     shape: tuple[int, int]
@@ -56,8 +68,7 @@ class Row:
     entropies: list[float]
     valley: float
     singular_values: list[float]
-    shared: float | None = None
-    shared_chance: float | None = None
+    between: dict[str, Between] = field(default_factory=dict)
     reference: "Row | None" = None
 
 
@@ -85,6 +96,7 @@ class Audit:
     protected: Refusals | None = None
     harmless: Refusals | None = None
     norms: list[limits.Norms] = field(default_factory=list)
+    attention: entanglement.Attention | None = None
     missing: dict[str, str] = field(default_factory=dict)
     alarms: list[Alarm] = field(default_factory=list)
 
@@ -103,6 +115,7 @@ def audit(
     name: str | None = None,
     *,
     reference: nn.Module | None = None,
+    others: Sequence[str] = (),
     blocks: Sequence[Tensor] | None = None,
     refusals: tuple[Refusals, Refusals] | None = None,
     k: int = 10,
@@ -116,6 +129,7 @@ def audit(
     Args:
         model: the base with the adapter on it; nothing is changed.
         reference: the same model tuned in full, or with another adapter merged into it, to compare every layer with.
+        others: further adapters on the model, to whose changes this one's are compared.
         blocks: token ids (L,) of text that has nothing to do with the task, for forgetting (causal language models).
         refusals: how answers to the protected and the harmless probes compare (`rankfold.audit.safety.compare`).
         k: how many leading components are looked at for intruders. threshold: ε. cluster: see `intruders.match`.
@@ -131,16 +145,22 @@ def audit(
     adapter: Adapter = state.adapters[name]
     settings = {"k": k, "threshold": threshold, "cluster": cluster}
     made = Audit(name, adapter.method.slug, adapter.num_parameters(), [], settings)
-    changed = [site for site, delta in adapter.deltas.items() if delta.form not in ("function", "bias")]
+    changed = [site for site in adapter.deltas if _is_changed(adapter, site)]
     if not changed:
         raise RankfoldError(f"{adapter.method.slug} changes no weight by a ΔW: there is no spectrum to look at")
     if left := [site for site in adapter.deltas if site not in changed]:
         made.missing["spectra"] = f"{len(left)} layers are changed by no ΔW, such as {left[0]}"
+    beside = {other: state.adapters[state.check(other)] for other in others}
     for site in changed:
-        for place, W, B, A in _changes(adapter, site):
-            other = None if reference is None else _reference(reference, adapter, site, place, W)
-            made.rows.append(_row(_name(site, place), W, B, A, other, k, threshold, cluster))
+        theirs = {other: list(_changes(found, site)) for other, found in beside.items() if _is_changed(found, site)}
+        for i, (place, W, B, A) in enumerate(_changes(adapter, site)):
+            tuned = None if reference is None else _reference(reference, adapter, site, place, W)
+            pairs = {other: changes[i][2:] for other, changes in theirs.items()}
+            made.rows.append(_row(_name(site, place), W, B, A, tuned, pairs, k, threshold, cluster))
         progress()
+    for other in others:
+        if not any(other in row.between for row in made.rows):
+            made.missing[f"overlap with {other}"] = "it changes none of these weights"
     _whole_model(made, model, name, blocks, refusals)
     made.alarms = alarms(made, limit or Limits())
     return made
@@ -153,19 +173,30 @@ def _whole_model(
     blocks: Sequence[Tensor] | None,
     refusals: tuple[Refusals, Refusals] | None,
 ) -> None:
-    if blocks is None:
-        made.missing["forgetting"] = "no text was given"
-        made.missing["norms"] = "no text was given"
+    if blocks is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        why = "no text was given" if blocks is None else "text alone cannot be run through an encoder-decoder"
+        made.missing |= dict.fromkeys(("forgetting", "norms", "attention"), why)
     else:
-        made.forgetting = forgetting(model, name, blocks)
-        try:
-            made.norms = limits.norms(model, name, {"input_ids": blocks[0][None].to(next(model.parameters()).device)})
-        except RankfoldError as error:
-            made.missing["norms"] = str(error)
+        batch = {"input_ids": blocks[0][None].to(next(model.parameters()).device)}
+
+        def measured(what: str, measure: Callable[[], Any]) -> Any:
+            try:
+                return measure()
+            except RankfoldError as error:
+                made.missing[what] = str(error)
+
+        made.forgetting = measured("forgetting", lambda: forgetting(model, name, blocks))
+        made.norms = measured("norms", lambda: limits.norms(model, name, batch)) or []
+        made.attention = measured("attention", lambda: entanglement.attention(model, name, blocks))
     if refusals is None:
         made.missing["refusals"] = "the probes were not run"
     else:
         made.protected, made.harmless = refusals
+
+
+def _is_changed(adapter: Adapter, site: str) -> bool:
+    """Whether the weight is changed by a ΔW."""
+    return site in adapter.deltas and adapter.deltas[site].form not in ("function", "bias")
 
 
 def _changes(adapter: Adapter, site: str) -> Iterator[tuple[int | None, Tensor, Tensor, Tensor]]:
@@ -203,29 +234,49 @@ def _reference(reference: nn.Module, adapter: Adapter, site: str, place: int | N
 
 
 def _row(
-    site: str, W: Tensor, B: Tensor, A: Tensor, other: Tensor | None, k: int, threshold: float, cluster: float
+    site: str,
+    W: Tensor,
+    B: Tensor,
+    A: Tensor,
+    tuned: Tensor | None,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    k: int,
+    threshold: float,
+    cluster: float,
 ) -> Row:
     base = intruders.base_of(W)
-    U, row = _measured(site, base, B, A, k, threshold, cluster)
-    if other is None:
-        return row
-    eye = torch.eye(other.shape[1], dtype=other.dtype, device=other.device)
-    theirs, reference = _measured(site, base, other, eye, k, threshold, cluster)
-    both = min(row.rank, reference.rank)
-    if both:
-        shared = metrics.overlap(U[:, :both], theirs[:, :both])
-        row = Row(**{**vars(row), "shared": shared.similarity, "shared_chance": shared.chance})
-    return Row(**{**vars(row), "reference": reference})
+    U, Vh, row = _measured(site, base, B, A, k, threshold, cluster)
+    spaces, reference = {}, None
+    if tuned is not None:
+        eye = torch.eye(tuned.shape[1], dtype=tuned.dtype, device=tuned.device)
+        *spaces["reference"], reference = _measured(site, base, tuned, eye, k, threshold, cluster)
+    for name, pair in pairs.items():
+        spaces[name] = _spaces(*pair)[::2]
+    between = {name: _between(U, Vh, *space) for name, space in spaces.items() if min(U.shape[1], space[0].shape[1])}
+    return replace(row, between=between, reference=reference)
+
+
+def _between(U: Tensor, Vh: Tensor, other_U: Tensor, other_Vh: Tensor) -> Between:
+    both = min(U.shape[1], other_U.shape[1])
+    left = metrics.overlap(U[:, :both], other_U[:, :both])
+    right = metrics.overlap(Vh[:both].mT, other_Vh[:both].mT)
+    return Between(left.similarity, left.chance, right.similarity, right.chance)
+
+
+def _spaces(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, rank), S (rank,) and Vh (rank, in) of B A, without what is rounding."""
+    U, S, Vh = svd_of_product(B, A)
+    noise = S.max() * max(U.shape[0], Vh.shape[1]) * torch.finfo(S.dtype).eps
+    rank = int((noise < S).sum())
+    return U[:, :rank], S[:rank], Vh[:rank]
 
 
 def _measured(
     site: str, base: intruders.Base, B: Tensor, A: Tensor, k: int, threshold: float, cluster: float
-) -> tuple[Tensor, Row]:
-    """The left vectors (out, rank) of ΔW = B A, and what its spectrum comes to."""
-    U, S, Vh = svd_of_product(B, A)
-    noise = S.max() * max(U.shape[0], Vh.shape[1]) * torch.finfo(S.dtype).eps
-    rank = int((noise < S).sum())
-    U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
+) -> tuple[Tensor, Tensor, Row]:
+    """The left vectors (out, rank) of ΔW = B A, the right ones (rank, in), and what its spectrum comes to."""
+    U, S, Vh = _spaces(B, A)
+    rank = len(S)
     found = intruders.match(base, B, A, k, cluster=cluster)
     grown = metrics.growth(float(base.S[0]), float(found.S[0]), S if rank else S.new_zeros(1), float(base.W.norm()))
     lies = metrics.overlap(U, base.U[:, :rank]) if rank else None
@@ -250,7 +301,7 @@ def _measured(
         valley=bits.valley,
         singular_values=S.tolist(),
     )
-    return U, row
+    return U, Vh, row
 
 
 def alarms(made: Audit, limit: Limits) -> list[Alarm]:
@@ -304,7 +355,5 @@ def soften(
         more_A = torch.stack([F.pad(A, (0, 0, 0, most - A.shape[0])) for _, A in added])
         more_A = more_A.view(*delta.A.shape[:-2], most, delta.A.shape[-1])
         if most:
-            replace(
-                made, site, torch.cat([delta.B, more_B.to(delta.B)], -1), torch.cat([delta.A, more_A.to(delta.A)], -2)
-            )
+            put(made, site, torch.cat([delta.B, more_B.to(delta.B)], -1), torch.cat([delta.A, more_A.to(delta.A)], -2))
     return made, {site: count for site, count in counts.items() if count}
