@@ -1,22 +1,18 @@
 """Lower-rank adapters from trained ones. LoRA-Squeeze (Post-Squeeze), Vulić et al. 2026, arXiv 2602.10993."""
 
-import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
-import rankfold
+from rankfold.compose._result import Result
+from rankfold.compose._sources import open_source
 from rankfold.core.adapter import Adapter
-from rankfold.core.checkpoint import read_deltas, write
-from rankfold.core.convert import put_beside
 from rankfold.core.delta import Delta
-from rankfold.core.document import Document, as_text
 from rankfold.core.linalg import OVERSAMPLE, orthonormalise, svd, svd_of_product, wide
-from rankfold.core.tensorfile import apart, digest
+from rankfold.deltas.lora import LoRA
 from rankfold.errors import AdapterFileError, RankfoldError, UnsupportedError
 
 ITERATIONS = 2  # power iterations of the randomised decomposition
@@ -83,36 +79,27 @@ def squeeze(
         raise RankfoldError(f"squeeze: rank must be at least 1 and keep_energy in (0, 1]: {rank}, {keep_energy}")
     if alpha is not None and not alpha > 0:
         raise RankfoldError(f"squeeze: alpha must be above 0, not {alpha}")
-    document, rest = None, dict[str, Tensor]()
-    if isinstance(adapter, Adapter):
-        source = adapter
-    else:
-        if to is None:
-            raise RankfoldError(f"squeeze: say the folder for what {adapter} is squeezed to")
-        if Path(to).exists() and not Path(to).is_dir():
-            raise RankfoldError(f"{to} is a file; an adapter is saved into a folder")
-        source, document, rest = read_deltas(adapter)
-    from rankfold.deltas.lora import LoRA
-
+    if not isinstance(adapter, Adapter) and to is None:
+        raise RankfoldError(f"squeeze: say the folder for what {adapter} is squeezed to")
+    source = open_source(adapter)
     rng = torch.Generator().manual_seed(seed)
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    methods: dict[str, LoRA] = {}
     report: dict[str, Squeezed] = {}
-    for site, delta in source.deltas.items():
-        own = source.methods.get(site, source.method)
-        B, A = _product(delta, own.slug)
-        try:
-            (B, A), report[site] = squeeze_product(B, A, rank, keep_energy, rng if randomised else None)
-        except RuntimeError as error:
-            raise AdapterFileError(f"{source.name}: the product at {site} cannot be squeezed: {error}") from error
-        methods[site] = LoRA(rank=A.shape[-2], alpha=alpha, dropout=getattr(own, "dropout", 0.0))
-        root = methods[site].scale ** 0.5
-        pairs[site] = ((B / root).to(delta.site.dtype), (A / root).to(delta.site.dtype))
-    if document is None:
-        return put_beside(source, pairs, methods, str(to or f"{source.name}-squeezed")), report
-    new = {f"deltas.{site}.{letter}": pair[i] for site, pair in pairs.items() for i, letter in enumerate("BA")}
-    tensors = apart({**new, **rest})
-    return write(Path(to), tensors, as_text(_described(document, methods, tensors))), report  # type: ignore[arg-type]
+    with Result(source, to if to is not None else f"{source.name}-squeezed") as result:
+        for site in source.sites.values():
+            own = source.methods[site.name]
+            B, A = _product(source.delta(site.name), own.slug)
+            try:
+                (B, A), report[site.name] = squeeze_product(B, A, rank, keep_energy, rng if randomised else None)
+            except RuntimeError as error:
+                raise AdapterFileError(
+                    f"{source.name}: the product at {site.name} cannot be squeezed: {error}"
+                ) from error
+            method = LoRA(rank=A.shape[-2], alpha=alpha, dropout=getattr(own, "dropout", 0.0))
+            root = method.scale**0.5
+            result.add(site, B / root, A / root, method)
+        for path in source.full:
+            result.add_full(source, path)
+        return result.finish(), report
 
 
 def squeeze_product(
@@ -170,14 +157,3 @@ def _product(delta: Delta, slug: str) -> tuple[Tensor, Tensor]:
         )
     B, A = delta.pair(on_base=True)
     return wide(B) * delta.scale, wide(A)
-
-
-def _described(old: Document, methods: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The document of the squeezed adapter: another method, the same layers and base."""
-    document = old.model_dump(by_alias=True)
-    common = max(methods.values(), key=lambda method: method.rank).describe()
-    for site, record in document["sites"].items():
-        described = methods[site].describe()
-        record["method"] = {key: value for key, value in described.items() if value != common[key]}
-    document |= {"rankfold": rankfold.__version__, "id": secrets.token_hex(16), "sha256": digest(tensors)}
-    return {**document, "method": common, "init": None, "fold": False, "nested": None}

@@ -19,7 +19,7 @@ class Adapter:
 
     `deltas` maps site names to deltas, `modules` paths to full copies; `methods` gives each site's own
     hyperparameters where they differ from `method`. `nested` is the lowest rank that its products can be cut to, for an
-    adapter that was trained to be (DyLoRA).
+    adapter that was trained to be (DyLoRA). `forced` says what spoke against making it, where somebody did anyhow.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Adapter:
         self.modules: dict[str, FullCopy] = {}
         self.shared: nn.Module | None = None
         self.nested: int | None = None
+        self.forced: str | None = None
 
     @property
     def sites(self) -> list[Site]:

@@ -7,7 +7,7 @@ whether they belong together. Everything read from a file is checked before it i
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from rankfold.core import fingerprint
 from rankfold.core.adapter import Adapter, check_finite, check_layout
 from rankfold.core.attach import build_adapter, fold_offset
 from rankfold.core.component import Component, build
-from rankfold.core.delta import Site
+from rankfold.core.delta import Delta, Site
 from rankfold.core.document import DOCUMENT, TENSORS, Base, Document, SiteRecord, as_text, describe, read_document
 from rankfold.core.files import MAX_JSON, adapter_folder, open_inside, write_whole
 from rankfold.core.layers import kind_of
@@ -29,11 +29,11 @@ from rankfold.core.rank import cut_to
 from rankfold.core.routing import find_state, state_of, unwrapped
 from rankfold.core.seeded import Bases
 from rankfold.core.targets import Target, inside_adapter, submodule
-from rankfold.core.tensorfile import Entry, TensorFile, apart
+from rankfold.core.tensorfile import Entry, TensorFile, TensorWriter, apart
 from rankfold.errors import AdapterFileError, RankfoldError, UnsupportedError
 
 # Relative distances of the sampled base weights: a 16-bit copy is at 0.003, four bits at 0.1, another model at 1.4.
-_NOTABLE, _FOREIGN = 0.02, 0.5
+_NOTABLE, FOREIGN = 0.02, 0.5
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,24 @@ def save(model: nn.Module, path: str | Path, name: str | None = "default") -> Pa
     tensors = apart(adapter.state_dict())
     check_finite(tensors, f"adapter {name!r} is not saved")
     text = as_text(describe(adapter, tensors, state.originals))
-    if len(text) > MAX_JSON // 4:
-        raise RankfoldError(
-            f"{len(adapter.deltas):,} adapted layers need a document of {len(text):,} bytes, more than can be read back"
-        )
-
-    return write(path, tensors, text)
-
-
-def write(path: Path, tensors: Mapping[str, Tensor], text: str) -> Path:
-    """Write tensors and their document into the folder."""
 
     def whole(file: Path) -> None:
         from safetensors.torch import save_file
 
-        save_file(dict(tensors), file, metadata={"format": "pt", "rankfold": text})
+        save_file(tensors, file, metadata={"format": "pt", "rankfold": text})
 
-    write_whole(path / TENSORS, whole)
+    return _write(path, whole, text)
+
+
+def write_spooled(path: Path, tensors: TensorWriter, text: str) -> Path:
+    """Write tensors that were collected one by one, and their document, into the folder."""
+    return _write(path, lambda file: tensors.write(file, {"format": "pt", "rankfold": text}), text)
+
+
+def _write(path: Path, tensors: Callable[[Path], None], text: str) -> Path:
+    if len(text) > MAX_JSON // 4:
+        raise RankfoldError(f"the adapter's document would be {len(text):,} bytes long, more than can be read back")
+    write_whole(path / TENSORS, tensors)
     write_whole(path / DOCUMENT, text)
     return path
 
@@ -127,30 +128,81 @@ def _what_else(folder: Path) -> str:
     return ": give the folder that `rankfold.save` wrote"
 
 
-def read_deltas(path: str | Path) -> tuple[Adapter, Document, dict[str, Tensor]]:
-    """An adapter on disk as deltas that sit on no model, its document, and the tensors of the modules held in full.
+def _bare_site(name: str, record: SiteRecord) -> Site:
+    return Site(name, record.kind, tuple(record.shape), True, getattr(torch, record.dtype))
 
-    Nothing that asks for the base weights works on it. Raises AdapterFileError as `load` does.
+
+class SavedDeltas:
+    """An adapter on disk whose deltas are made one at a time: memory is asked for one layer, and what all share.
+
+    `site(name, record)` makes the site of a delta; by default one without a layer, on which nothing works that asks for
+    the base weight. The whole file is checked first: raises AdapterFileError as `load` does.
     """
-    with _opened(path) as (folder, file, document):
-        what = str(folder / TENSORS)
-        method = _component(document.method, Method, what)
-        methods = _own_methods(method, document, what)
-        sites = []
-        for name, record in document.sites.items():
-            sites.append(Site(name, record.kind, tuple(record.shape), True, getattr(torch, record.dtype)))
-        _check_size(method, methods, sites, file, what)
-        adapter = Adapter(document.name, nn.Module(), method, None, document.seed, None)
-        adapter.methods = {site: own for site, own in methods.items() if own != method}
-        prefixes = tuple(f"modules.{module}." for module in document.modules)
+
+    def __init__(self, path: str | Path, site: Callable[[str, SiteRecord], Site] = _bare_site):
+        with _opened(path) as (folder, file, document):
+            self.folder, self.document, self._file, self._what = folder, document, file, str(folder / TENSORS)
+            self.method = _component(document.method, Method, self._what)
+            self.methods = _own_methods(self.method, document, self._what)
+            self._site = site
+            sites = [site(name, record) for name, record in document.sites.items()]
+            _check_size(self.method, self.methods, sites, file, self._what)
+            with self._made():
+                self._shared = self.method.shared(sites, document.seed)
+            shared = self._part(None)
+            _keep_bases(shared, file)
+            own = dict(shared.named_tensors())
+            known = {name: tensor.to("meta") for name, tensor in own.items()}
+            for site_name in document.sites:
+                known |= {name: tensor.to("meta") for name, tensor in self._own(self._part(site_name)).items()}
+            prefixes = tuple(f"modules.{module}." for module in document.modules)
+            self.in_full = [name for name in file.entries if name.startswith(prefixes)]
+            check_layout(known, _without(file.entries, self.in_full), self._what, AdapterFileError)
+            _check_digest(file.streamed_digest(), document, self._what)
+            self._fill(shared, own)
+
+    def delta(self, name: str) -> Delta:
+        """The delta of a site, with its tensors."""
+        part = self._part(name)
+        self._fill(part, self._own(part))
+        return part.deltas[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of a module that is held in full, one of those called `in_full`."""
+        return self._read([name])[name]
+
+    def _part(self, name: str | None) -> Adapter:
+        """An adapter of one delta, or only of what all share, whose tensors have no values yet."""
+        part = Adapter(self.document.name, nn.Module(), self.method, None, self.document.seed, None)
+        part.shared = self._shared
+        if name is not None:
+            with self._made():
+                site = self._site(name, self.document.sites[name])
+                part.deltas[name] = self.methods[name].delta(site, self._shared)
+                part.make_room(self._file.entries)
+        return part
+
+    def _own(self, part: Adapter) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in part.named_tensors() if not name.startswith("shared.")}
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        with open_inside(self.folder, TENSORS) as handle:
+            return self._file.some(handle, names)
+
+    def _fill(self, part: Adapter, own: Mapping[str, Tensor]) -> None:
+        _fill(part, own, self._read(own), self._what)
+
+    @contextmanager
+    def _made(self) -> Iterator[None]:
         try:
-            adapter.shared = method.shared(sites, document.seed)
-            for site in sites:
-                adapter.deltas[site.name] = methods[site.name].delta(site, adapter.shared)
-            rest = _take(adapter, file, document.model_copy(update={"fold": False}), what, prefixes)
+            yield
         except (MemoryError, OverflowError, RuntimeError) as error:
-            raise AdapterFileError(f"{what}: the deltas it asks for cannot be made: {error}") from error
-        return adapter, document, rest
+            raise AdapterFileError(f"{self._what}: the deltas it asks for cannot be made: {error}") from error
+
+
+def _without(entries: Mapping[str, Entry], names: Iterable[str]) -> dict[str, Entry]:
+    left_out = set(names)
+    return {name: entry for name, entry in entries.items() if name not in left_out}
 
 
 # ---- loading
@@ -359,7 +411,7 @@ def _check_base(
         f"{what}: the weights of this model differ from those the adapter was trained on by {error:.2g} "
         f"(relative, sampled in {len(ours)} layers). It was trained on {document.base}; this is {here}"
     )
-    if error <= _FOREIGN:
+    if error <= FOREIGN:
         warnings.warn(
             f"{compared}. A quantised or further trained base looks like that; the adapter is loaded", stacklevel=3
         )
@@ -373,35 +425,16 @@ def _check_base(
         )
 
 
-def _take(
-    adapter: Adapter, file: TensorFile, document: Document, what: str, apart_from: tuple[str, ...] = ()
-) -> dict[str, Tensor]:
-    """Make the file's tensors the adapter's own, once all fit: nothing is copied, they share one storage.
-
-    Those whose names begin with one of `apart_from` are no part of it, and given back.
-    """
-    adapter.nested = document.nested
+def _take(adapter: Adapter, file: TensorFile, document: Document, what: str) -> None:
+    """Make the file's tensors the adapter's own, once all fit: nothing is copied, they share one storage."""
+    adapter.nested, adapter.forced = document.nested, document.forced
     adapter.make_room(file.entries)
-    if isinstance(adapter.shared, Bases):  # bases that are not their seed's: an adapter that another library made
-        adapter.shared.keep(
-            **{name: own for name, own in adapter.shared.named_buffers() if f"shared.{name}" in file.entries}
-        )
+    _keep_bases(adapter, file)
     own = dict(adapter.named_tensors())
-    rest = {name for name in file.entries if name.startswith(apart_from)} if apart_from else set()
-    described = {name: entry for name, entry in file.entries.items() if name not in rest}
-    check_layout(own, described, what, AdapterFileError)
+    check_layout(own, file.entries, what, AdapterFileError)
     tensors = file.tensors()
-    if file.digest() != document.sha256:
-        raise AdapterFileError(
-            f"{what}: the tensors are not those that were saved (their sha256 differs): the file is damaged; fetch or "
-            "save it again"
-        )
-    fitted = {name: tensors[name].to(device=mine.device, dtype=mine.dtype) for name, mine in own.items()}
-    narrowed = {name: tensor for name, tensor in fitted.items() if tensor.dtype != tensors[name].dtype}
-    check_finite(narrowed, f"{what}, in another dtype", AdapterFileError)
-    adapter.check_fit(tensors, what, AdapterFileError)
-    for name, mine in own.items():
-        mine.data = fitted[name]
+    _check_digest(file.digest(), document, what)
+    _fill(adapter, own, tensors, what)
     if document.fold:
         for delta in adapter.deltas.values():
             if "A0" not in delta._buffers:
@@ -409,4 +442,29 @@ def _take(
                     f"{what}: the offset is folded, it says, and there is none at {delta.site.name}: it is damaged"
                 )
             fold_offset(delta)
-    return {name: tensors[name] for name in rest}
+
+
+def _keep_bases(adapter: Adapter, file: TensorFile) -> None:
+    """Make room for bases that are not their seed's: an adapter that another library made."""
+    if isinstance(adapter.shared, Bases):
+        adapter.shared.keep(
+            **{name: own for name, own in adapter.shared.named_buffers() if f"shared.{name}" in file.entries}
+        )
+
+
+def _check_digest(digest: str, document: Document, what: str) -> None:
+    if digest != document.sha256:
+        raise AdapterFileError(
+            f"{what}: the tensors are not those that were saved (their sha256 differs): the file is damaged; fetch or "
+            "save it again"
+        )
+
+
+def _fill(adapter: Adapter, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+    """Put checked tensors from a file in the place of the adapter's own."""
+    fitted = {name: tensors[name].to(device=mine.device, dtype=mine.dtype) for name, mine in own.items()}
+    narrowed = {name: tensor for name, tensor in fitted.items() if tensor.dtype != tensors[name].dtype}
+    check_finite(narrowed, f"{what}, in another dtype", AdapterFileError)
+    adapter.check_fit(tensors, what, AdapterFileError)
+    for name, mine in own.items():
+        mine.data = fitted[name]

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from rankfold.core.adapter import Adapter
 from rankfold.core.attach import build_adapter
 from rankfold.core.delta import Delta
-from rankfold.core.layers import kind_of
-from rankfold.core.linalg import truncate
+from rankfold.core.linalg import truncate, wide
 from rankfold.core.routing import state_of
-from rankfold.core.targets import Target
+from rankfold.core.targets import site_at
 from rankfold.errors import RankfoldError, UnsupportedError
 
 
@@ -48,15 +47,20 @@ def as_lora(
         pairs[site_name] = (B, A)
 
     methods = {site: LoRA(rank=A.shape[-2], alpha=A.shape[-2]) for site, (_, A) in pairs.items()}
-    return put_beside(adapter, pairs, methods, new_name or f"{name}-lora"), report
+    full = {path: copied.module.state_dict() for path, copied in adapter.modules.items()}
+    return put_beside(adapter, pairs, methods, new_name or f"{name}-lora", full), report
 
 
 def put_beside(
-    adapter: Adapter, pairs: Mapping[str, tuple[Tensor, Tensor]], methods: Mapping[str, Any], name: str
+    adapter: Adapter,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    methods: Mapping[str, Any],
+    name: str,
+    full: Mapping[str, Mapping[str, Tensor]],
 ) -> Adapter:
     """A new, inactive adapter on the same model, of the LoRAs `methods` and their factors B and A by site.
 
-    The modules that the old one trains in full are copied.
+    `full` are the tensors of the modules that it holds in full, by path.
     """
     widest = max(methods.values(), key=lambda method: method.rank)
 
@@ -64,16 +68,15 @@ def put_beside(
         for site_name, delta in lora.deltas.items():
             delta.set_start(*pairs[site_name])
         for path, copied in lora.modules.items():
-            copied.load_state_dict(adapter.modules[path].state_dict())
+            copied.module.load_state_dict(full[path])
 
     matched = []
-    for site_name, delta in adapter.deltas.items():
-        path = site_name.removesuffix(f".{delta.site.parameter}") if delta.site.kind == "experts" else site_name
-        layer: Any = delta.layer
-        mixin: Any = kind_of(layer)
-        site = next(site for site in mixin.sites(path, layer) if site.name == site_name)
-        matched.append(Target(site, mixin, path, layer))
-    copies = {path: adapter.model.get_submodule(path) for path in adapter.modules}
+    for site_name in pairs:
+        target = site_at(adapter.model, site_name)
+        if target is None:
+            raise RankfoldError(f"the model of adapter {adapter.name!r} has no {site_name} that a LoRA could sit on")
+        matched.append(target)
+    copies = {path: adapter.model.get_submodule(path) for path in full}
     return build_adapter(
         adapter.model, matched, widest, methods, name, fill,
         init=None, seed=adapter.seed, targets=list(pairs), copies=copies, active=False,
@@ -83,11 +86,9 @@ def put_beside(
 @torch.no_grad()
 def product(delta: Delta, rank: int | None) -> tuple[Tensor, Tensor, float]:
     """B (out, r), A (r, in) with ΔW ≈ B A, and the relative error."""
-    W = delta.W
-    W = W if W.dtype == torch.float64 else W.float()
-    largest = min(W.shape[-2:])
+    largest = min(delta.site.out, delta.site.in_)
     if delta.form == "factors":
-        B, A = (factor.to(W.dtype) for factor in delta.pair(on_base=True))
+        B, A = map(wide, delta.pair(on_base=True))
         B = B * delta.scale
         squared = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1))  # ‖B A‖², without forming the product
         keep = min(B.shape[-1], largest if rank is None else min(rank, largest))
@@ -96,9 +97,7 @@ def product(delta: Delta, rank: int | None) -> tuple[Tensor, Tensor, float]:
             B, A, error = truncate(B, A, keep)
             lost = float((error.square() * squared).sum())
     else:
-        if delta.is_folded:
-            W = W + delta.scale * (delta.B0 @ delta.A0).to(W.dtype)
-        U, sigma, Vh = torch.linalg.svd(delta.adapted_weight(W) - W, full_matrices=False)
+        U, sigma, Vh = torch.linalg.svd(_whole_change(delta), full_matrices=False)
         energy = sigma.square()
         noise = sigma.amax() * largest * torch.finfo(sigma.dtype).eps
         keep = max(1, int((sigma > noise).sum(-1).max())) if rank is None else min(rank, largest)
@@ -108,3 +107,13 @@ def product(delta: Delta, rank: int | None) -> tuple[Tensor, Tensor, float]:
     change = delta.bias_update(delta.b) if delta.biased else None
     bias = 0.0 if change is None else float(change.square().sum())
     return B, A, ((lost + bias) / (total + bias)) ** 0.5 if total + bias > 0 else 0.0
+
+
+def _whole_change(delta: Delta) -> Tensor:
+    """ΔW (out, in) on the base as it was before an offset was folded into it."""
+    if delta.form == "update":
+        return wide(delta.update())
+    W = wide(delta.W)
+    if delta.is_folded:
+        W = W + delta.scale * (delta.B0 @ delta.A0).to(W.dtype)
+    return delta.adapted_weight(W) - W

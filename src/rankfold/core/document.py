@@ -55,7 +55,8 @@ class Base(_Strict):
 
 class Document(_Strict):
     """What `adapter.json` says. `sha256` is over the tensors; `fold` whether the offset was folded into the weights;
-    `nested` the lowest rank that the products can be cut to, where they were trained to be."""
+    `nested` the lowest rank that the products can be cut to, where they were trained to be; `forced` what spoke
+    against making the adapter, where it was made all the same."""
 
     format: int
     rankfold: str
@@ -71,6 +72,7 @@ class Document(_Strict):
     base: Base
     sha256: str
     nested: Annotated[int, Field(ge=1)] | None = None
+    forced: Annotated[str, Field(max_length=2000)] | None = None
 
 
 def describe(adapter: Adapter, tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -103,6 +105,7 @@ def describe(adapter: Adapter, tensors: Mapping[str, Tensor], originals: Mapping
         "base": fingerprint.fingerprint(adapter.model, adapter.sites, originals),
         "sha256": digest(tensors),
         "nested": adapter.nested,
+        "forced": adapter.forced,
     }
 
 

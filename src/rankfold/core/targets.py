@@ -62,6 +62,17 @@ def find(model: nn.Module, targets: Targets) -> list[Target]:
     return chosen
 
 
+def site_at(model: nn.Module, name: str) -> Target | None:
+    """The site of that name: a layer's path, or behind the path of fused experts the parameter's name."""
+    for path in (name, name.rpartition(".")[0]):
+        layer = submodule(model, path) if path else None
+        mixin = None if layer is None else kind_of(layer)
+        for site in () if mixin is None else mixin.sites(path, layer):
+            if site.name == name:
+                return Target(site, mixin, path, layer)  # type: ignore[arg-type]
+    return None
+
+
 def _check_suffixes(suffixes: Sequence[str], everything: Everything) -> None:
     """Refuse a list in which a name is that of no layer, which a wrong letter would otherwise leave out in silence."""
     paths = [

@@ -6,11 +6,15 @@ read, says what is wrong and how to mend it, and gives views of one storage.
 """
 
 import hashlib
+import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -31,6 +35,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_CHUNK = 1 << 20
 _PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
 
 
@@ -135,20 +141,48 @@ class TensorFile:
         """Read the data once: CPU tensors by name, all views of one storage. Refuses NaN and infinity."""
         self._handle.seek(self._start)
         self._data = read_exactly(self._handle, self.size, self._what)
-        now = os.fstat(self._handle.fileno())
-        if (now.st_size, now.st_mtime_ns) != (self._found.st_size, self._found.st_mtime_ns):
-            raise AdapterFileError(f"{self._what} changed while it was read: load it again when nothing writes to it")
+        self._check_unchanged(self._handle)
         data = torch.frombuffer(self._data, dtype=torch.uint8) if self.size else torch.empty(0, dtype=torch.uint8)
         tensors = {name: self._view(name, entry, data) for name, entry in self.entries.items()}
         for name, tensor in tensors.items():
-            if not all_finite(tensor):
-                raise AdapterFileError(f"{self._what}: {name} holds NaN or infinity: it diverged or is damaged")
+            self._check_numbers(name, tensor)
         return tensors
+
+    def _check_unchanged(self, handle: BinaryIO) -> None:
+        now = os.fstat(handle.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self._found.st_size, self._found.st_mtime_ns):
+            raise AdapterFileError(f"{self._what} changed while it was read: load it again when nothing writes to it")
+
+    def _check_numbers(self, name: str, tensor: Tensor) -> None:
+        if not all_finite(tensor):
+            raise AdapterFileError(f"{self._what}: {name} holds NaN or infinity: it diverged or is damaged")
 
     def digest(self) -> str:
         """The `digest` of the tensors that were read, from their bytes as they lie in the file."""
         data = memoryview(self._data)
-        return _digest((name, e.dtype, e.shape, data[e.begin : e.end]) for name, e in self.entries.items())
+        return _digest((name, e.dtype, e.shape, [data[e.begin : e.end]]) for name, e in self.entries.items())
+
+    def streamed_digest(self) -> str:
+        """The `digest` of the tensors of a file that is still open, which are read through and not kept."""
+        return _digest((n, e.dtype, e.shape, self._chunks(self._handle, e)) for n, e in self.entries.items())
+
+    def _chunks(self, handle: BinaryIO, entry: Entry) -> Iterator[bytearray]:
+        handle.seek(self._start + entry.begin)
+        for begin in range(entry.begin, entry.end, _CHUNK):
+            yield read_exactly(handle, min(_CHUNK, entry.end - begin), self._what)
+
+    def some(self, handle: BinaryIO, names: Iterable[str]) -> dict[str, Tensor]:
+        """A few of the tensors, from the file opened anew. Refuses NaN and infinity, and a file that was changed."""
+        self._check_unchanged(handle)
+        tensors = {}
+        for name in names:
+            entry = self.entries[name]
+            handle.seek(self._start + entry.begin)
+            data = read_exactly(handle, entry.end - entry.begin, self._what)
+            flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+            tensors[name] = self._view(name, Entry(entry.dtype, entry.shape, 0, len(data)), flat)
+            self._check_numbers(name, tensors[name])
+        return tensors
 
     def _view(self, name: str, entry: Entry, data: Tensor) -> Tensor:
         if entry.begin == entry.end:
@@ -171,16 +205,61 @@ def all_finite(tensor: Tensor) -> bool:
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of contiguous CPU tensors, in the order of the names."""
-    raw = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
-    return _digest((name, t.dtype, tuple(t.shape), raw[name]) for name, t in tensors.items())
+    return _digest((name, t.dtype, tuple(t.shape), [_raw(t)]) for name, t in tensors.items())
 
 
-def _digest(described: Iterable[tuple[str, torch.dtype, tuple[int, ...], Any]]) -> str:
+def _raw(tensor: Tensor) -> Any:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def _digest(described: Iterable[tuple[str, torch.dtype, tuple[int, ...], Iterable[Any]]]) -> str:
     total = hashlib.sha256()
-    for name, dtype, shape, data in sorted(described, key=lambda one: one[0]):
+    for name, dtype, shape, chunks in sorted(described, key=lambda one: one[0]):
         total.update(f"{name} {dtype} {shape}\n".encode())
-        total.update(data)
+        for data in chunks:
+            total.update(data)
     return total.hexdigest()
+
+
+class TensorWriter:
+    """A safetensors file that is written tensor by tensor: none is kept in memory, whatever their number.
+
+    They go into an unnamed file in `folder`; `write` puts the header before them, once all are there.
+    """
+
+    def __init__(self, folder: Path):
+        self._data = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # `close` does it
+        self.entries: dict[str, Entry] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        begin = self._data.tell()
+        self._data.write(_raw(tensor.detach().cpu().contiguous()))
+        self.entries[name] = Entry(tensor.dtype, tuple(tensor.shape), begin, self._data.tell())
+
+    def digest(self) -> str:
+        """The `digest` of all the tensors."""
+        return _digest((name, e.dtype, e.shape, self._chunks(e)) for name, e in self.entries.items())
+
+    def _chunks(self, entry: Entry) -> Iterator[bytes]:
+        self._data.seek(entry.begin)
+        for begin in range(entry.begin, entry.end, _CHUNK):
+            yield self._data.read(min(_CHUNK, entry.end - begin))
+
+    def write(self, file: Path, metadata: Mapping[str, str]) -> None:
+        """The whole file; the writer takes no more tensors."""
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        for name, e in self.entries.items():
+            header[name] = {"dtype": _NAMES[e.dtype], "shape": list(e.shape), "data_offsets": [e.begin, e.end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._data.seek(0)
+        with file.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(self._data, out, _CHUNK)
+
+    def close(self) -> None:
+        self._data.close()
 
 
 def read_exactly(handle: BinaryIO, length: int, what: str) -> bytearray:
