@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -49,8 +49,16 @@ def parse_yaml(text: str, where: str) -> Any:
         raise RankfoldError(f"{where} is not YAML{place}: {getattr(error, 'problem', error)}") from None
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in the file `path`, with `key.sub=value` overrides applied.
+@overload
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe: ...
+
+
+@overload
+def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, schema: type[Part]) -> Part: ...
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, schema: type[Any] = Recipe) -> Any:
+    """The recipe in the file `path`, with `key.sub=value` overrides applied; one for adapters unless `schema` differs.
 
     Raises RankfoldError, naming the key in dotted form and what is allowed there.
     """
@@ -62,10 +70,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RankfoldError(f"cannot read the recipe {path}: {reason}") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise RankfoldError(f"{path} holds no recipe: expected keys such as model, data, method, budget")
+        keys = [name for name, field in schema.model_fields.items() if field.is_required()]
+        raise RankfoldError(f"{path} holds no recipe: expected keys such as {', '.join(keys)}")
     for override in overrides:
         apply_override(values, override)
-    return validate(values, str(path))
+    return validate_part(schema, values, str(path))
 
 
 def validate(values: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -81,7 +90,7 @@ def validate_part(schema: type[Part], values: dict[str, Any], where: str) -> Par
         raise RankfoldError(f"{where}: " + "; ".join(describe_errors(error, schema))) from None
 
 
-def write_recipe(recipe: Recipe) -> str:
+def write_recipe(recipe: BaseModel) -> str:
     """The recipe as YAML, every default spelled out, in the order of the schema."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 

@@ -76,7 +76,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, display: 
     if main:
         _claim(output, recipe, resume)
     processes().wait_for_everyone()
-    checkpoint = _last_checkpoint(output) if resume else None
+    checkpoint = last_checkpoint(output) if resume else None
 
     set_seed(recipe.seed)
     inputs = load_inputs(recipe, display)
@@ -88,14 +88,14 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, display: 
     with display.phase("attaching the adapter"):
         adapter = _attach(inputs, parts, statistics, checkpoint)
     del statistics
-    trainer, progress, interrupt = _trainer(inputs, parts, adapter, output, checkpoint, display)
+    trainer, progress, interrupt = make_trainer(inputs, parts, adapter, output, checkpoint, display)
     answering = main and not trainer.is_fsdp_enabled  # to generate with a sharded model, every process has to take part
     before: list[str] = []
     if isinstance(adapter, Full):  # once it trains, the base is gone
         before = _answers(inputs, display) if answering else []
         if checkpoint is not None:
             adapter.restore(checkpoint / trainer.part)
-    _run(trainer, progress, interrupt, checkpoint, display)
+    run_to_end(trainer, progress, interrupt, checkpoint, display)
     _save(trainer, inputs, output)
     found: list[Any] = [None]
     if main:
@@ -150,7 +150,7 @@ def _is_run(output: Path) -> bool:
     return (output / "recipe.yaml").exists()
 
 
-def _last_checkpoint(output: Path) -> Path | None:
+def last_checkpoint(output: Path) -> Path | None:
     folder = output / "checkpoints"
     found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     return Path(found) if found else None
@@ -181,7 +181,7 @@ def _attach(inputs: Inputs, parts: Parts, statistics: Calibration | None, checkp
     )
 
 
-def _trainer(
+def make_trainer(
     inputs: Inputs, parts: Parts, adapter: rankfold.Adapter, output: Path, checkpoint: Path | None, display: Display
 ) -> tuple[AdapterTrainer, Progress, Interrupt]:
     recipe, data = inputs.recipe, inputs.data
@@ -221,7 +221,7 @@ def keep_back(rows: Any, seed: int, share: float = 0.1) -> tuple[Any, Any]:
     return Subset(rows, sorted(order[count:])), Subset(rows, sorted(order[:count]))
 
 
-def _run(
+def run_to_end(
     trainer: AdapterTrainer, progress: Progress, interrupt: Interrupt, checkpoint: Path | None, display: Display
 ) -> None:
     if checkpoint is not None:
