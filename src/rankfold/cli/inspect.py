@@ -47,6 +47,8 @@ def inspect(
         "seed": str(document.seed),
         "written by": f"rankfold {document.rankfold}, format {document.format}",
     }
+    if document.forced is not None:
+        facts["forced"] = document.forced
     width = max(map(len, facts))
     for key, value in facts.items():
         stdout.print(f"[bold]{key:<{width}}[/bold]  {value}", highlight=False, soft_wrap=True)

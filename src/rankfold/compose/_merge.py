@@ -11,9 +11,9 @@ from torch import Tensor
 from rankfold.compose._result import Result
 from rankfold.compose._sources import BaseWeights, Source, open_source
 from rankfold.core.adapter import Adapter
-from rankfold.core.component import Component, build
+from rankfold.core.component import Component, build, components
 from rankfold.core.delta import Site
-from rankfold.core.linalg import svd_of_product, truncate
+from rankfold.core.linalg import truncate
 from rankfold.deltas.lora import LoRA
 from rankfold.errors import RankfoldError
 
@@ -34,7 +34,11 @@ class Merge(Component):
     """
 
     axis: ClassVar[str] = "compose"
-    surveys: ClassVar[int] = 0  # how often `survey` reads through the layers
+
+    @property
+    def surveys(self) -> int:
+        """How often `survey` reads through the layers."""
+        return 0
 
     def combine(
         self, pairs: Sequence[Pair], weights: Sequence[float], rank: int | None, rng: torch.Generator, seen: Any = None
@@ -48,6 +52,15 @@ class Merge(Component):
     def weights(self, count: int) -> list[float]:
         """The weights w_i of so many adapters where the user gives none: their mean."""
         return [1 / count] * count
+
+
+def rule_of(how: str, **hyperparameters: Any) -> Merge:
+    """The merge of that slug, or of a name that people use for it."""
+    rule = build(SHORT.get(how, how), **hyperparameters)
+    if not isinstance(rule, Merge):
+        merges = [cls.slug for cls in components() if issubclass(cls, Merge)]
+        raise RankfoldError(f"{how!r} merges no adapters; there are: {', '.join([*SHORT, *merges])}")
+    return rule
 
 
 @dataclass(frozen=True)
@@ -70,13 +83,13 @@ class Combined:
 def combine(
     adapters: Sequence[Adapter], how: str | Merge, weights: Sequence[float] | None = None, to: str | None = None, *,
     rank: int | None = None, model: BaseWeights | None = None, force: bool = False, seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> tuple[Adapter, dict[str, Combined]]: ...  # fmt: skip
 @overload
 def combine(
     adapters: Sequence[str | Path], how: str | Merge, weights: Sequence[float] | None = None,
     to: str | Path | None = None, *, rank: int | None = None, model: BaseWeights | None = None, force: bool = False,
-    seed: int = 0, progress: Callable[[int], None] | None = None,
+    seed: int = 0, progress: Callable[[], object] | None = None,
 ) -> tuple[Path, dict[str, Combined]]: ...  # fmt: skip
 @torch.no_grad()
 def combine(
@@ -89,7 +102,7 @@ def combine(
     model: BaseWeights | None = None,
     force: bool = False,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> tuple[Adapter | Path, dict[str, Combined]]:
     """One LoRA out of several adapters of one base model, of any methods and ranks, layer by layer.
 
@@ -107,7 +120,7 @@ def combine(
             folder or hub id of its safetensors files, of which one layer is read at a time.
         force: combine adapters of different bases all the same; the new adapter says so.
         seed: for what a rule draws.
-        progress: is called with 1 for each layer that is done.
+        progress: called after each layer that is read, `rule.surveys` times more than once for each.
 
     Returns:
         the new adapter, or the folder, and what became of each layer.
@@ -117,9 +130,7 @@ def combine(
         UnsupportedError: an adapter's change is no ΔW.
         AdapterFileError: a file is missing, damaged or hostile.
     """
-    rule = build(SHORT.get(how, how)) if isinstance(how, str) else how
-    if not isinstance(rule, Merge):
-        raise RankfoldError(f"combine: {how!r} does not merge adapters")
+    rule = rule_of(how) if isinstance(how, str) else how
     weights = _checked_weights(rule, adapters, weights)
     if rank is not None and rank < 1:
         raise RankfoldError(f"combine: rank must be at least 1, not {rank}")
@@ -131,7 +142,7 @@ def combine(
     full = _in_full(sources)
     seen = rule.survey(lambda: (_pairs(sources, site, progress)[0] for site in sites.values()), weights)
     report: dict[str, Combined] = {}
-    with Result(sources[0], to if to is not None else rule.slug, differ) as result:
+    with Result(sources[0], to if to is not None else rule.slug, rule.slug, differ) as result:
         for site in sites.values():
             pairs, errors = _pairs(sources, site, progress)
             B, A, cut = rule.combine(pairs, weights, rank, site.rng(seed), seen)
@@ -158,7 +169,8 @@ def _checked_weights(rule: Merge, adapters: Sequence[Any], weights: Sequence[flo
 
 def _compared(sources: Sequence[Source], force: bool) -> str | None:
     """What differs in the bases; refused unless forced."""
-    found = [differ for source in sources[1:] if (differ := sources[0].alike(source)) is not None]
+    against = (*(source.doubt for source in sources), *map(sources[0].alike, sources[1:]))
+    found = [differ for differ in against if differ is not None]
     if found and not force:
         raise RankfoldError(
             f"adapters of different base models: {'; '.join(found)}. What one learned means nothing on the other's "
@@ -202,7 +214,7 @@ def _in_full(sources: Sequence[Source]) -> dict[str, Source]:
 
 
 def _pairs(
-    sources: Sequence[Source], site: Site, progress: Callable[[int], None] | None
+    sources: Sequence[Source], site: Site, progress: Callable[[], object] | None
 ) -> tuple[list[Pair], list[float]]:
     """Each source's factors of the site, and with what error they were read."""
     read = [source.pair(site.name) if site.name in source.sites else None for source in sources]
@@ -211,7 +223,7 @@ def _pairs(
     none = torch.empty(*site.batch, site.out, 0), torch.empty(*site.batch, 0, site.in_)
     pairs = [none if one is None else one[:2] for one in read]
     if progress is not None:
-        progress(1)
+        progress()
     return [(B.to(device, dtype), A.to(device, dtype)) for B, A in pairs], [error for _, _, error in there]
 
 
@@ -221,11 +233,22 @@ def stacked(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     return torch.cat([B for B, _ in pairs], -1), torch.cat(As, -2)
 
 
+def widest(pairs: Sequence[Pair]) -> int:
+    """The largest of the adapters' ranks."""
+    return max(A.shape[-2] for _, A in pairs)
+
+
 def _apart(B: Tensor, A: Tensor, pairs: Sequence[Pair], weights: Sequence[float]) -> float:
     """How far B A is from the weighted sum, relative to that, without forming either."""
-    summed = svd_of_product(*stacked(pairs, weights))[1].norm()
-    apart = svd_of_product(*stacked([(B, A), *pairs], [1.0, *(-w for w in weights)]))[1].norm()
-    return float(apart / summed) if summed > 0 else float(apart > 0)
+    summed = norm_of_product(*stacked(pairs, weights))
+    apart = norm_of_product(*stacked([(B, A), *pairs], [1.0, *(-w for w in weights)]))
+    return apart / summed if summed > 0 else float(apart > 0)
+
+
+def norm_of_product(B: Tensor, A: Tensor) -> float:
+    """‖B A‖ (Frobenius), without forming it."""
+    B, A = B.double(), A.double()
+    return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0).sqrt())
 
 
 def _dropout(sources: Sequence[Source], site: str) -> float:

@@ -23,11 +23,11 @@ class Result:
     """A plain LoRA in the making, on the base and from the seed of `like`. Used as a context.
 
     Where `like` is attached, `to` is its name, and it is put beside it, inactive; where it is saved, `to` is a folder,
-    into which factors go as they come: none of them stays in memory.
+    into which factors go as they come: none of them stays in memory. There it is called `name`, by default as `like`.
     """
 
-    def __init__(self, like: Source, to: str | Path, forced: str | None = None):
-        self._like, self._to, self._forced = like, to, forced
+    def __init__(self, like: Source, to: str | Path, name: str | None = None, forced: str | None = None):
+        self._like, self._to, self._name, self._forced = like, to, name or like.name, forced
         self._methods: dict[str, LoRA] = {}
         self._sites: dict[str, Site] = {}
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -88,6 +88,7 @@ class Result:
             **old.model_dump(by_alias=True),
             "rankfold": rankfold.__version__,
             "id": secrets.token_hex(16),
+            "name": self._name,
             "method": common,
             "init": None,
             "fold": False,

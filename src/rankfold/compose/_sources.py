@@ -15,6 +15,7 @@ from rankfold.core.delta import Delta, Site
 from rankfold.core.document import Base, Document, SiteRecord
 from rankfold.core.layers import AdaptedConv, AdaptedConv1D, AdaptedEmbedding, AdaptedLinear, kind_of
 from rankfold.core.method import Method
+from rankfold.core.quantized import dense
 from rankfold.core.routing import find_state, unwrapped
 from rankfold.core.targets import site_at
 from rankfold.core.weightfiles import WeightFiles
@@ -28,7 +29,7 @@ class Source:
     """An adapter that is read and never changed: `sites` by name, `methods` of each, `base` it was trained on.
 
     `adapter` is the attached adapter, `document` that of a saved one; the other is None. `full` names the tensors of
-    each module that it holds in full, by path.
+    each module that it holds in full, by path. `doubt` is what says that the base weights that were given are not its.
     """
 
     def __init__(self, name: str, sites: Mapping[str, Site], methods: Mapping[str, Method], base: Base):
@@ -36,6 +37,7 @@ class Source:
         self.adapter: Adapter | None = None
         self.document: Document | None = None
         self.full: dict[str, list[str]] = {}
+        self.doubt: str | None = None
 
     def delta(self, site: str) -> Delta:
         """The site's delta; of a saved adapter it is read now."""
@@ -115,12 +117,26 @@ class _Saved(Source):
         super().__init__(document.name, sites, self._saved.methods, document.base)
         self.document = document
         self.full = _by_module(document.modules, self._saved.in_full)
+        self.doubt = None if model is None else self._compared()
 
     def delta(self, site: str) -> Delta:
         return self._saved.delta(site)
 
     def tensor(self, name: str) -> Tensor:
         return self._saved.tensor(name)
+
+    def _compared(self) -> str | None:
+        """What says that the weights that were given are another model's, or None."""
+        ours = {}
+        for name in self.base.sample:
+            site = self.sites[name]
+            if not isinstance(site.layer, _NoLayer):
+                W = site.layer.to_matrix(dense(site.stored, site.layer))
+                ours[name] = fingerprint.values(W)
+        apart = fingerprint.difference(self.base.sample, ours)
+        if apart <= FOREIGN:
+            return None
+        return f"the base weights that were given differ from those that {self._at} was trained on by {apart:.2g}"
 
     def _site(self, name: str, record: SiteRecord) -> Site:
         site = _Unplaced(name, record.kind, tuple(record.shape), True, getattr(torch, record.dtype))
@@ -132,6 +148,11 @@ class _Saved(Source):
                 raise RankfoldError(
                     f"{self._at} adapts {name} ({'×'.join(map(str, record.shape))}), and the model has {there}: give "
                     "the model that it was trained on"
+                )
+            if (state := find_state(self._model)) is not None and state.merged:
+                raise RankfoldError(
+                    f"the model has {', '.join(state.merged)} merged into its weights: unmerge that first, or give "
+                    "the base model as it was"
                 )
             site.parameter, site.layer = target.site.parameter, _Layer(target.layer)
         elif self._model is not None and record.kind in _KINDS:

@@ -57,17 +57,21 @@ def sample(site: Site, originals: Mapping[str, Tensor]) -> list[float] | None:
     if weight.is_meta:
         return None
     if is_plain(weight):
-        return _values(site, weight)
+        return values(as_matrix(site, weight))
     kept = _dequantised.setdefault(site.layer, {})
     before = kept.get(site.parameter)
     if before is None or before[0]() is not weight or before[1] != weight._version:
-        before = kept[site.parameter] = (weakref.ref(weight), weight._version, _values(site, dense(weight, site.layer)))
+        before = kept[site.parameter] = (
+            weakref.ref(weight),
+            weight._version,
+            values(as_matrix(site, dense(weight, site.layer))),
+        )
     return before[2]
 
 
 @torch.no_grad()
-def _values(site: Site, weight: Tensor) -> list[float]:
-    W = as_matrix(site, weight)
+def values(W: Tensor) -> list[float]:
+    """Values of a dense W (..., out, in) at evenly spaced places."""
     return W[_places(tuple(W.shape))].nan_to_num().tolist()
 
 
