@@ -5,6 +5,7 @@ save that was cut off between the two leaves either the old adapter or the new o
 whether they belong together. Everything read from a file is checked before it is used, and the model is changed last.
 """
 
+import functools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,9 +20,20 @@ from torch import Tensor, nn
 from rankfold.core import fingerprint
 from rankfold.core.adapter import Adapter, check_finite, check_layout
 from rankfold.core.attach import build_adapter, fold_offset
+from rankfold.core.coded import CODED, CodedFile, Encoding
 from rankfold.core.component import Component, build
 from rankfold.core.delta import Delta, Site
-from rankfold.core.document import DOCUMENT, TENSORS, Base, Document, SiteRecord, as_text, describe, read_document
+from rankfold.core.document import (
+    DOCUMENT,
+    TENSORS,
+    Base,
+    Document,
+    SiteRecord,
+    as_text,
+    deflated,
+    describe,
+    read_document,
+)
 from rankfold.core.files import MAX_JSON, adapter_folder, open_inside, write_whole
 from rankfold.core.layers import kind_of
 from rankfold.core.method import Init, Method
@@ -29,7 +41,7 @@ from rankfold.core.rank import cut_to
 from rankfold.core.routing import find_state, state_of, unwrapped
 from rankfold.core.seeded import Bases
 from rankfold.core.targets import Target, inside_adapter, submodule
-from rankfold.core.tensorfile import Entry, TensorFile, TensorWriter, apart
+from rankfold.core.tensorfile import Entry, TensorFile, TensorWriter, apart, digest
 from rankfold.errors import AdapterFileError, RankfoldError, UnsupportedError
 
 # Relative distances of the sampled base weights: a 16-bit copy is at 0.003, four bits at 0.1, another model at 1.4.
@@ -44,6 +56,7 @@ class AdapterFile:
     document: Document
     tensors: Mapping[str, Entry]
     bytes: int
+    encoding: Encoding | None = None
 
     def num_parameters(self) -> int:
         """How many numbers the file holds, frozen ones included."""
@@ -87,9 +100,29 @@ def write_spooled(path: Path, tensors: TensorWriter, text: str) -> Path:
     return _write(path, lambda file: tensors.write(file, {"format": "pt", "rankfold": text}), text)
 
 
-def _write(path: Path, tensors: Callable[[Path], None], text: str) -> Path:
+def write_coded(path: Path, tensors: Mapping[str, Tensor], codes: bytes, document: Mapping[str, Any]) -> Path:
+    """Write tensors, and the codes of others as the document's `encoding` has them, as one small file.
+
+    The document stands in it alone, deflated: `adapter.json` would be larger than many a code.
+    """
+    from safetensors.torch import save_file
+
+    stored = apart({**tensors, CODED: torch.frombuffer(bytearray(codes), dtype=torch.uint8)})
+    text = as_text({**document, "sha256": digest(stored)})
+    _check_length(text)
+    metadata = {"format": "pt", "rankfold": deflated(text)}
+    write_whole(path / TENSORS, lambda file: save_file(stored, file, metadata=metadata))
+    (path / DOCUMENT).unlink(missing_ok=True)
+    return path
+
+
+def _check_length(text: str) -> None:
     if len(text) > MAX_JSON // 4:
         raise RankfoldError(f"the adapter's document would be {len(text):,} bytes long, more than can be read back")
+
+
+def _write(path: Path, tensors: Callable[[Path], None], text: str) -> Path:
+    _check_length(text)
     write_whole(path / TENSORS, tensors)
     write_whole(path / DOCUMENT, text)
     return path
@@ -104,20 +137,54 @@ def read(path: str | Path) -> AdapterFile:
     `path` is a folder, or a Hugging Face Hub id (`org/name`). Raises AdapterFileError as `load` does.
     """
     with _opened(path) as (folder, file, document):
-        return AdapterFile(folder, document, file.entries, file.size)
+        encoding = file.encoding if isinstance(file, CodedFile) else None
+        return AdapterFile(folder, document, file.entries, file.size, encoding)
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[Path, TensorFile, Document]]:
-    """The folder, its tensor file with the header checked, and the document that belongs to it."""
+def _opened(path: str | Path) -> Iterator[tuple[Path, TensorFile | CodedFile, Document]]:
+    """The folder, its tensor file with the header checked, and the document that belongs to it.
+
+    A compressed adapter looks like any other: the file is that of the tensors which its codes stand for.
+    """
     folder = adapter_folder(path, [TENSORS, DOCUMENT], "`rankfold.save`")
     try:
         handle = open_inside(folder, TENSORS)
     except FileNotFoundError:
         raise AdapterFileError(f"{folder} holds no {TENSORS}{_what_else(folder)}") from None
     with handle:
-        file = TensorFile(handle, str(folder / TENSORS))
-        yield folder, file, read_document(folder, file)
+        what = str(folder / TENSORS)
+        file = TensorFile(handle, what)
+        document = read_document(folder, file)
+        if document.encoding is None:
+            yield folder, file, document
+            return
+        of_start = functools.cache(lambda coded: starts(document, what, coded))
+        coded = CodedFile(file, document.encoding, what, of_start)
+        yield folder, coded, document.model_copy(update={"encoding": None})
+
+
+def starts(document: Document, what: str, file: CodedFile | None = None) -> dict[str, Tensor]:
+    """The tensors of a new adapter of that method, from that seed, on no model; of no more numbers than the file has.
+
+    Raises AdapterFileError where they cannot be made: most often because they are taken from the base weights.
+    """
+    method = _component(document.method, Method, what)
+    methods = _own_methods(method, document, what)
+    sites = [_bare_site(name, record) for name, record in document.sites.items()]
+    if file is not None:
+        _check_size(method, methods, sites, file, what)
+    adapter = Adapter(document.name, nn.Module(), method, None, document.seed, None)
+    try:
+        adapter.shared = method.shared(sites, document.seed)
+        for site in sites:
+            delta = adapter.deltas[site.name] = methods[site.name].delta(site, adapter.shared)
+            delta.start(site.rng(document.seed))
+    except Exception as error:  # whatever a method does where there is no layer
+        raise AdapterFileError(
+            f"{what}: the start of {method.slug} cannot be made without the base: {error}"
+        ) from error
+    return adapter.state_dict()
 
 
 def _what_else(folder: Path) -> str:
@@ -160,6 +227,13 @@ class SavedDeltas:
             check_layout(known, _without(file.entries, self.in_full), self._what, AdapterFileError)
             _check_digest(file.streamed_digest(), document, self._what)
             self._fill(shared, own)
+
+    def whole(self) -> Adapter:
+        """All deltas at once, as an adapter that sits on no model, without the modules that are held in full."""
+        adapter = self._part(None)
+        adapter.methods = {site: own for site, own in self.methods.items() if own != self.method}
+        adapter.deltas = {site: self.delta(site) for site in self.document.sites}
+        return adapter
 
     def delta(self, name: str) -> Delta:
         """The delta of a site, with its tensors."""
@@ -377,7 +451,7 @@ def _module(model: nn.Module, path: str, entries: Mapping[str, Entry], document:
 
 
 def _check_size(
-    method: Method, methods: Mapping[str, Method], sites: Sequence[Site], file: TensorFile, what: str
+    method: Method, methods: Mapping[str, Method], sites: Sequence[Site], file: TensorFile | CodedFile, what: str
 ) -> None:
     """Refuse hyperparameters that ask for more numbers than the file holds, before any memory is asked for."""
     try:
@@ -425,7 +499,7 @@ def _check_base(
         )
 
 
-def _take(adapter: Adapter, file: TensorFile, document: Document, what: str) -> None:
+def _take(adapter: Adapter, file: TensorFile | CodedFile, document: Document, what: str) -> None:
     """Make the file's tensors the adapter's own, once all fit: nothing is copied, they share one storage."""
     adapter.nested, adapter.forced = document.nested, document.forced
     adapter.make_room(file.entries)
@@ -444,7 +518,7 @@ def _take(adapter: Adapter, file: TensorFile, document: Document, what: str) -> 
             fold_offset(delta)
 
 
-def _keep_bases(adapter: Adapter, file: TensorFile) -> None:
+def _keep_bases(adapter: Adapter, file: TensorFile | CodedFile) -> None:
     """Make room for bases that are not their seed's: an adapter that another library made."""
     if isinstance(adapter.shared, Bases):
         adapter.shared.keep(

@@ -1,7 +1,9 @@
 """The document that says what an adapter's tensors are: made, written as JSON, and checked when it is read back."""
 
+import base64
 import json
 import secrets
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +14,7 @@ from torch import Tensor
 import rankfold
 from rankfold.core import fingerprint
 from rankfold.core.adapter import Adapter
+from rankfold.core.coded import Encoding
 from rankfold.core.files import MAX_JSON, open_inside, parse_json
 from rankfold.core.routing import NAME
 from rankfold.core.targets import inside_adapter
@@ -19,6 +22,7 @@ from rankfold.core.tensorfile import TensorFile, digest
 from rankfold.errors import AdapterFileError
 
 FORMAT = 1
+_DEFLATED = "deflate:"  # before a document in the metadata of a compressed adapter
 TENSORS, DOCUMENT = "adapter.safetensors", "adapter.json"
 
 Described = dict[str, JsonValue]
@@ -56,7 +60,8 @@ class Base(_Strict):
 class Document(_Strict):
     """What `adapter.json` says. `sha256` is over the tensors; `fold` whether the offset was folded into the weights;
     `nested` the lowest rank that the products can be cut to, where they were trained to be; `forced` what spoke
-    against making the adapter, where it was made all the same."""
+    against making the adapter, where it was made all the same; `encoding` how tensors are stored, where not as they
+    are: that is the file's own affair, and None in what `checkpoint` reads."""
 
     format: int
     rankfold: str
@@ -73,6 +78,7 @@ class Document(_Strict):
     sha256: str
     nested: Annotated[int, Field(ge=1)] | None = None
     forced: Annotated[str, Field(max_length=2000)] | None = None
+    encoding: Encoding | None = None
 
 
 def describe(adapter: Adapter, tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -125,13 +131,31 @@ def as_text(document: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def deflated(text: str) -> str:
+    """A document as the metadata of a small file hold it."""
+    return _DEFLATED + base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def _embedded(text: str, what: str) -> bytes:
+    if not text.startswith(_DEFLATED):
+        return text.encode(errors="surrogatepass")
+    stream = zlib.decompressobj()
+    try:
+        data = stream.decompress(base64.b85decode(text.removeprefix(_DEFLATED)), MAX_JSON)
+    except (ValueError, zlib.error) as error:
+        raise AdapterFileError(f"{what} cannot be inflated: {error}") from None
+    if not stream.eof:
+        raise AdapterFileError(f"{what} is cut short, or larger than {MAX_JSON:,} bytes")
+    return data
+
+
 def read_document(folder: Path, file: TensorFile) -> Document:
     what = f"{folder / TENSORS}: the embedded document"
     if "rankfold" not in file.metadata:
         raise AdapterFileError(
             f"{folder / TENSORS} is a safetensors file, but no adapter of Rankfold: its metadata holds no document"
         )
-    embedded = file.metadata["rankfold"].encode(errors="surrogatepass")
+    embedded = _embedded(file.metadata["rankfold"], what)
     document = _check_document(embedded, what)
     beside = _read_beside(folder)
     if beside is None or beside == embedded:
