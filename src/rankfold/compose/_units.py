@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankfold.compose._merge import Pair
+from rankfold.compose._merge import Pair, widest
 from rankfold.core.linalg import truncate
 
 
@@ -33,7 +33,7 @@ def factors(rows: Tensor, in_: int) -> Pair:
 
 def widened(pairs: Sequence[Pair]) -> list[Pair]:
     """All of the largest rank, by units of zeros at the end."""
-    r = max(A.shape[-2] for _, A in pairs)
+    r = widest(pairs)
     return [(F.pad(B, (0, r - B.shape[-1])), F.pad(A, (0, 0, 0, r - A.shape[-2]))) for B, A in pairs]
 
 
@@ -44,8 +44,9 @@ def mixed(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
 
 
 def cut(B: Tensor, A: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:
-    """The best product of at most that rank, and its relative error; with None, the product as it is."""
-    if rank is None or rank >= min(B.shape[-2], B.shape[-1], A.shape[-1]):
+    """The best product of at most that rank, None for as it is, and of no more than it can have; its relative error."""
+    most = min(B.shape[-2], A.shape[-1], rank or A.shape[-2])
+    if most >= A.shape[-2]:
         return B, A, 0.0
-    B, A, error = truncate(B, A, rank)
-    return B, A, float(error.square().mean().sqrt())
+    B, A, error = truncate(B, A, most)
+    return B, A, float(error.amax())

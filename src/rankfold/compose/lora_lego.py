@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rankfold.compose._merge import Merge, Pair
+from rankfold.compose._merge import Merge, Pair, widest
 from rankfold.compose._units import balanced, factors, rows, widened
 
 
@@ -43,7 +43,7 @@ class LoRALego(Merge):
     def combine(
         self, pairs: Sequence[Pair], weights: Sequence[float], rank: int | None, rng: torch.Generator, seen: Any = None
     ) -> tuple[Tensor, Tensor, float]:
-        r = max(A.shape[-2] for _, A in pairs)
+        r = widest(pairs)
         seed = int(torch.randint(2**31, (), generator=rng))
         # √|w| on both sides, so that weights do not move a unit's direction.
         roots = [abs(w) ** 0.5 for w in weights]
