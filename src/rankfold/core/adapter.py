@@ -33,6 +33,7 @@ class Adapter:
         self.shared: nn.Module | None = None
         self.nested: int | None = None
         self.forced: str | None = None
+        self.ported: list[Any] = []  # the `document.Base` of each model that it was on before, if it was ported
 
     @property
     def sites(self) -> list[Site]:

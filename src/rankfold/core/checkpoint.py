@@ -501,7 +501,7 @@ def _check_base(
 
 def _take(adapter: Adapter, file: TensorFile | CodedFile, document: Document, what: str) -> None:
     """Make the file's tensors the adapter's own, once all fit: nothing is copied, they share one storage."""
-    adapter.nested, adapter.forced = document.nested, document.forced
+    adapter.nested, adapter.forced, adapter.ported = document.nested, document.forced, list(document.ported)
     adapter.make_room(file.entries)
     _keep_bases(adapter, file)
     own = dict(adapter.named_tensors())

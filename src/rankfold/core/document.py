@@ -75,6 +75,7 @@ class Document(_Strict):
     sites: dict[str, SiteRecord]
     modules: list[str]
     base: Base
+    ported: Annotated[list[Base], Field(max_length=1000)] = []  # the bases it was on before this one, in order
     sha256: str
     nested: Annotated[int, Field(ge=1)] | None = None
     forced: Annotated[str, Field(max_length=2000)] | None = None
@@ -109,6 +110,7 @@ def describe(adapter: Adapter, tensors: Mapping[str, Tensor], originals: Mapping
         },
         "modules": list(adapter.modules),
         "base": fingerprint.fingerprint(adapter.model, adapter.sites, originals),
+        "ported": [base.model_dump(by_alias=True) for base in adapter.ported],
         "sha256": digest(tensors),
         "nested": adapter.nested,
         "forced": adapter.forced,
