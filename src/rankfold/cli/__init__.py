@@ -19,7 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in ("train", "evaluate", "generate", "inspect", "merge", "squeeze", "audit", "peft", "methods"):
+for _command in (
+    "train", "evaluate", "generate", "inspect", "merge", "squeeze", "combine",
+    "audit", "compare", "peft", "methods",
+):  # fmt: skip
     importlib.import_module(f"rankfold.cli.{_command}").register(app)
 
 

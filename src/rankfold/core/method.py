@@ -45,6 +45,8 @@ class Method(Component):
     axis: ClassVar[str] = "deltas"
     bias_only: ClassVar[bool] = False  # changes nothing but biases, so it can sit on layers without a weight matrix
     departs: ClassVar[str | None] = None  # why a fresh delta does not compute what the layer did, if so
+    # The hyperparameter that says how many numbers it trains; a method without such a field has one size only.
+    size: ClassVar[str] = "rank"
 
     def delta(self, site: Site, shared: nn.Module | None) -> Delta:
         raise NotImplementedError
@@ -178,7 +180,8 @@ class Optimizer(Component):
 
     axis: ClassVar[str] = "optim"
     backward: ClassVar[bool] = True  # False: there are no gradients, `step(closure)` evaluates the loss itself
-    whole: ClassVar[bool] = True  # steps a parameter by its gradient as a whole, of which FSDP leaves a shard
+    # Which sharding of parameters it works with: DTensor as FSDP2 has them, or any, as of FSDP1 and DeepSpeed.
+    shards: ClassVar[Literal["none", "DTensor", "any"]] = "none"
 
     def parameter_groups(self, adapter: Any, lr: float, weight_decay: float) -> Iterable[dict[str, Any]] | None:
         """The groups that it needs over the adapter's parameters, or None where any will do."""

@@ -96,6 +96,7 @@ class Sparse(Delta):
 class SparseMethod(Method):
     """What the sparse methods share: K is `density` of the weight's entries, at least 1, or `k`."""
 
+    size: ClassVar[str] = "density"
     density: Annotated[float, Field(gt=0, le=1, description="K over the entries of each adapted weight")] = 0.01
     k: Annotated[int | None, Field(ge=0, description="K of a weight, all of its experts together; over density")] = None
 

@@ -26,6 +26,7 @@ class BOFT(Method):
     slug: ClassVar[str] = "boft"
     title: ClassVar[str] = "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization"
     source: ClassVar[str] = "arXiv 2311.06243"
+    size: ClassVar[str] = "m"
 
     block_size: Annotated[int | None, Field(ge=2, description="side b of a block; None fits it to each layer")] = None
     m: Annotated[int, Field(ge=1, le=31, description="butterfly factors")] = 2

@@ -21,6 +21,7 @@ class FourierFT(Method):
     slug: ClassVar[str] = "fourierft"
     title: ClassVar[str] = "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform"
     source: ClassVar[str] = "arXiv 2405.03003"
+    size: ClassVar[str] = "n"
 
     n: Annotated[int, Field(ge=1, description="trained entries of the spectrum, at most in × out")] = 1000
     alpha: float = 150.0

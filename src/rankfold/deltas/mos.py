@@ -36,6 +36,7 @@ class MoS(Method):
     slug: ClassVar[str] = "mos"
     title: ClassVar[str] = "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards"
     source: ClassVar[str] = "arXiv 2410.00938"
+    size: ClassVar[str] = "budget"
 
     rank: Annotated[Rank, Field(description="active rank r")] = 8
     budget: Annotated[int, Field(ge=1, description="rank e of the LoRA with as many numbers")] = 2

@@ -26,6 +26,7 @@ class NOLA(Method):
     slug: ClassVar[str] = "nola"
     title: ClassVar[str] = "NOLA: Networks as Linear Combination of Low Rank Random Basis"
     source: ClassVar[str] = "arXiv 2310.02556"
+    size: ClassVar[str] = "k"
 
     rank: Rank = 8
     alpha: Annotated[float | None, Field(description="s = alpha / rank; None is s = 1")] = None

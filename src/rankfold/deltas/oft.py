@@ -24,6 +24,7 @@ class OFT(Method):
     slug: ClassVar[str] = "oft"
     title: ClassVar[str] = "Controlling Text-to-Image Diffusion by Orthogonal Finetuning"
     source: ClassVar[str] = "arXiv 2306.07280"
+    size: ClassVar[str] = "block_size"
 
     block_size: Annotated[int | None, Field(ge=2, description="side b of a block; None fits it to each layer")] = None
     neumann: Annotated[int | None, Field(ge=2, description="terms of a series for the inverse; None is exact")] = None

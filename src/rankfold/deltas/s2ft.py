@@ -38,6 +38,7 @@ class S2FT(Method):
     slug: ClassVar[str] = "s2ft"
     title: ClassVar[str] = "S^2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity"
     source: ClassVar[str] = "arXiv 2412.06289"
+    size: ClassVar[str] = "ratio"
 
     ratio: Annotated[float, Field(gt=0, le=1, description="share of the channels")] = 0.03
     group: Annotated[int, Field(ge=1, description="channels that are chosen together, such as those of a head")] = 1

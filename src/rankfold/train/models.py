@@ -72,6 +72,24 @@ def load_model(
     return Loaded(model, processor, tuple(sorted({key.rpartition(".")[0] for key in absent})))
 
 
+def empty_model(spec: Model, task: Task, labels: Sequence[str] | None = None) -> nn.Module:
+    """The model of a recipe without weights, on the meta device: its layers and their shapes, read from its
+    configuration alone. Raises RankfoldError where that cannot be read."""
+    import transformers
+
+    options: dict[str, Any] = {"revision": spec.revision} if spec.revision else {}
+    if labels is not None:
+        options["num_labels"] = len(labels)
+    try:
+        config = transformers.AutoConfig.from_pretrained(model_source(spec), **options)
+        with torch.device("meta"):
+            return getattr(transformers, _AUTO[task]).from_config(config)
+    except RankfoldError:
+        raise
+    except Exception as error:  # as in load_model
+        raise RankfoldError(f"model.path: cannot read {spec.path} for {task}: {_first_sentence(error)}") from error
+
+
 def load_processor(source: str, task: Task, image_size: int, options: dict[str, Any]) -> Any:
     """The tokenizer in `source`; for pictures, a processor to squares of `image_size` with the model's own mean and
     standard deviation (ImageNet's where the model states none)."""
