@@ -64,7 +64,7 @@ def compress(
     say(
         [
             f"compressed adapter: {output}",
-            f"bytes: {report.before:,} → {report.after:,}, of which {report.code:,} are codes of {report.coded:,} numbers",
+            f"bytes: {report.before:,} → {report.after:,}, {report.code:,} of them codes of {report.coded:,} numbers",
             f"smaller than 16 bits a number: {report.ratio:.1f} ×",
         ]
     )

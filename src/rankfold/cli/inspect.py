@@ -25,7 +25,9 @@ def inspect(
             name: {"dtype": str(entry.dtype).removeprefix("torch."), "shape": list(entry.shape)}
             for name, entry in file.tensors.items()
         }
-        print_json({**file.document.model_dump(by_alias=True), "bytes": file.bytes, "tensors": tensors})
+        coded = None if file.encoding is None else file.encoding.by
+        facts = {**file.document.model_dump(by_alias=True), "bytes": file.bytes, "compressed": coded}
+        print_json({**facts, "tensors": tensors})
         return
 
     from rich.table import Table
@@ -49,6 +51,8 @@ def inspect(
     }
     if document.forced is not None:
         facts["forced"] = document.forced
+    if file.encoding is not None:
+        facts["compressed"] = _component(file.encoding.by)
     width = max(map(len, facts))
     for key, value in facts.items():
         stdout.print(f"[bold]{key:<{width}}[/bold]  {value}", highlight=False, soft_wrap=True)

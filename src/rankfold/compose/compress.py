@@ -17,7 +17,6 @@ from rankfold.core.checkpoint import SavedDeltas, load, starts, write_coded
 from rankfold.core.component import build
 from rankfold.core.delta import Delta
 from rankfold.core.document import DOCUMENT, TENSORS, Document, as_text, describe
-from rankfold.core.linalg import svd_of_product
 from rankfold.core.method import Method
 from rankfold.core.routing import state_of
 from rankfold.errors import AdapterFileError, RankfoldError, UnsupportedError
@@ -197,11 +196,21 @@ def _compared(before: Delta, after: Delta, tensors: Sequence[tuple[Tensor, Tenso
     count = sum(was.numel() for was, _ in tensors)
     kept = sum(int(now.count_nonzero()) for _, now in tensors) / count if count else 0.0
     if before.form == "factors" and not before.biased:
-        (B, A), (B_, A_) = before.pair(on_base=True), after.pair(on_base=True)
-        B, B_ = before.scale * B.cpu(), after.scale * B_
-        whole = svd_of_product(B, A.cpu())[1].norm()
-        apart = svd_of_product(torch.cat([B, -B_], -1), torch.cat([A.cpu(), A_], -2))[1].norm()
+        first, second = (_product(delta) for delta in (before, after))
+        whole = _inner(first, first)
+        apart = max(0.0, whole - 2 * _inner(first, second) + _inner(second, second))
     else:
-        whole = torch.stack([was.norm() for was, _ in tensors]).norm() if tensors else torch.zeros(())
-        apart = torch.stack([(was - now).norm() for was, now in tensors]).norm() if tensors else torch.zeros(())
-    return Coded(kept, float(apart / whole) if whole > 0 else float(apart > 0))
+        whole = sum(float(was.double().square().sum()) for was, _ in tensors)
+        apart = sum(float((was.double() - now.double()).square().sum()) for was, now in tensors)
+    return Coded(kept, (apart / whole) ** 0.5 if whole > 0 else float(apart > 0))
+
+
+def _product(delta: Delta) -> tuple[Tensor, Tensor]:
+    """B (..., out, r) and A (..., r, in) in float64, with ΔW = B A."""
+    B, A = delta.pair(on_base=True)
+    return delta.scale * B.cpu().double(), A.cpu().double()
+
+
+def _inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+    """`⟨B A, B' A'⟩`, without forming the products."""
+    return float(((first[0].mT @ second[0]) * (first[1] @ second[1].mT)).sum())

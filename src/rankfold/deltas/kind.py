@@ -87,7 +87,8 @@ class KINDDelta(Extracted):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Those of the class that all rows have; with one class a row there is no one ΔW."""
-        tags, (B, A) = self.layer._rankfold.tags, super().factors()
+        tags = None if self.site.layer is None else self.layer._rankfold.tags  # of a file alone there are no rows
+        B, A = super().factors()
         if isinstance(tags, Tensor):
             raise UnsupportedError(f"the rows have classes of their own, and {self.site.name} needs one W for all")
         return B if tags is None else B * self.gates[tags], A
