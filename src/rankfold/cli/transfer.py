@@ -39,9 +39,7 @@ def transfer(
     prepare: Annotated[bool, typer.Option("--prepare", help="trans-lora: make the kit, where the data is.")] = False,
     recipe: Annotated[
         Path | None,
-        typer.Option(
-            "--recipe", help="With --prepare: what the adapter was trained by.  [default: beside the adapter]"
-        ),
+        typer.Option("--recipe", help="With --prepare: of the adapter.  [default: beside the adapter]"),
     ] = None,
     name: Annotated[str, typer.Option("--name", help="With --prepare: what the data set is called.")] = "this",
     kit: Annotated[Path | None, typer.Option("--kit", help="trans-lora: folder that --prepare wrote.")] = None,

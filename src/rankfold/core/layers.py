@@ -94,7 +94,7 @@ class Adapted:
         return -1
 
     def tags(self, x: Tensor) -> Tensor | int | None:
-        """The integer that the rows of x carry: one for all, one for each (rows,), or None (see `State.tagged`)."""
+        """What the rows of x carry: an integer for all, or something for each row, or None (see `State.tagged`)."""
         return self._rankfold.tags_of(x)
 
     # ---- the base

@@ -168,7 +168,8 @@ class State:
 
     @contextmanager
     def tagged(self, tags: Tensor | int | None) -> Iterator[None]:
-        """Let the rows of a batch carry an integer (a class, a task) that deltas may go by: one for all, or (rows,).
+        """Let the rows of a batch carry what deltas may go by: an integer (a class, a task) for all, or for each (rows,),
+        or numbers for each (rows, width), a context.
 
         Under `lock`, as any change of what forwards do.
         """
@@ -185,7 +186,7 @@ class State:
         repeat, rest = divmod(x.shape[0], self.tags.shape[0])
         if rest or not repeat:
             raise RankfoldError(
-                f"{self.tags.shape[0]} classes were given, one for each row, but a layer got an input of shape "
+                f"{self.tags.shape[0]} classes or contexts were given, one a row, but a layer got an input of shape "
                 f"{tuple(x.shape)}: its first dimension must be a multiple of that"
             )
         tags = self.tags.to(x.device)
