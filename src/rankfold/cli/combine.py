@@ -63,10 +63,11 @@ def combine(
     """Combine adapters of one base model, of any methods and ranks, into one LoRA, layer by layer. Loads no model."""
     check_new(output)
 
+    from rich.progress import Progress
+
     import rankfold
     from rankfold.compose._merge import rule_of
     from rankfold.core.checkpoint import read
-    from rankfold.train.display import ConsoleDisplay
     from rankfold.train.recipe_file import apply_override
 
     values: dict[str, Any] = {} if space is None else {"space": space}
@@ -74,10 +75,12 @@ def combine(
         apply_override(values, change)
     rule = rule_of(how, **values)
     layers = {site for adapter in adapters for site in read(adapter).document.sites}
-    with ConsoleDisplay(stderr).bar("combining", (1 + rule.surveys) * len(layers)) as advance:
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("combining", total=(1 + rule.surveys) * len(layers))
         _, report = rankfold.combine(
-            adapters, rule, _numbers(weights), output, rank=rank, model=model, force=force, seed=seed, progress=advance
-        )
+            adapters, rule, _numbers(weights), output, rank=rank, model=model, force=force, seed=seed,
+            progress=lambda: bar.advance(task),
+        )  # fmt: skip
     forced = read(output).document.forced
     if json:
         from dataclasses import asdict

@@ -140,9 +140,10 @@ def combine(
     differ = _compared(sources, force)
     sites = _union(sources)
     full = _in_full(sources)
+    name = getattr(rule, "slug", "combined")  # a rule that somebody did not register has none
     seen = rule.survey(lambda: (_pairs(sources, site, progress)[0] for site in sites.values()), weights)
     report: dict[str, Combined] = {}
-    with Result(sources[0], to if to is not None else rule.slug, rule.slug, differ) as result:
+    with Result(sources[0], name if to is None else to, name, differ) as result:
         for site in sites.values():
             pairs, errors = _pairs(sources, site, progress)
             B, A, cut = rule.combine(pairs, weights, rank, site.rng(seed), seen)
@@ -246,7 +247,9 @@ def _apart(B: Tensor, A: Tensor, pairs: Sequence[Pair], weights: Sequence[float]
 
 
 def norm_of_product(B: Tensor, A: Tensor) -> float:
-    """‖B A‖ (Frobenius), without forming it."""
+    """‖B A‖ (Frobenius), without forming it where that saves memory."""
+    if A.shape[-2] > min(B.shape[-2], A.shape[-1]):
+        return float((B @ A).norm())
     B, A = B.double(), A.double()
     return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0).sqrt())
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -168,7 +169,13 @@ class _Unplaced(Site):
     device = None  # type: ignore[assignment]
 
 
-class _Layer:
+class _Apart:
+    """What stands for an adapted layer where there is none."""
+
+    _rankfold = SimpleNamespace(tags=None)  # no model, so no rows that carry anything
+
+
+class _Layer(_Apart):
     """A layer of a model in memory, as a delta wants to see it, without the model being adapted."""
 
     def __init__(self, layer: nn.Module):
@@ -186,7 +193,7 @@ class _Layer:
         return getattr(self._layer, name)
 
 
-class _StoredLayer:
+class _StoredLayer(_Apart):
     """Stands for a layer of which there are only the tensors, in a file: they are read when a delta asks for them."""
 
     def __init__(self, files: WeightFiles, path: str, kind: str):
@@ -217,7 +224,7 @@ class _Stored(dict[str, Tensor]):
         return self._files.read(f"{self._path}.{name}")
 
 
-class _NoLayer:
+class _NoLayer(_Apart):
     def __init__(self, why: str):
         self._why = why
 
