@@ -64,7 +64,9 @@ def _codes(scaled: Tensor, bits: int) -> Tensor:
     """The index of the nearest level; halfway, of the higher one."""
     values = levels(bits)
     between = [(low + high) / 2 for low, high in itertools.pairwise(values)]
-    return torch.bucketize(scaled, torch.tensor(between, dtype=scaled.dtype, device=scaled.device), right=True)
+    return torch.bucketize(
+        scaled.contiguous(), torch.tensor(between, dtype=scaled.dtype, device=scaled.device), right=True
+    )
 
 
 def levels(bits: int) -> tuple[float, ...]:
