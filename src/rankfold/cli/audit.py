@@ -122,7 +122,7 @@ def _show(made: "Audit", html: Path | None) -> None:
     worst_first = sorted(made.rows, key=lambda row: (-row.intruders, -row.frobenius_norm))
     table = Table(*COLUMNS)
     for row in worst_first[:_SHOWN]:
-        table.add_row(*(show(row) for _, show in COLUMNS.values()))
+        table.add_row(*(show(row) for *_, show in COLUMNS.values()))
     stdout.print(table)
     if len(made.rows) > _SHOWN:
         stdout.print(f"and {len(made.rows) - _SHOWN} more; --html and --json have all")

@@ -1,0 +1,94 @@
+"""The comparison's page: that it says what was found and what is chance, and opens without a network."""
+
+import re
+from pathlib import Path
+
+from rankfold.compare.page import front, page, write_page
+from tests.browser import addresses, look, needs_browser
+from tests.compare.made import comparison, contender, failed, run
+
+
+@needs_browser
+def test_a_browser_shows_plots_and_tables_without_a_network(tmp_path: Path) -> None:
+    seen = look(write_page(comparison(), tmp_path / "report.html"))
+    assert seen.requests == []
+    assert seen.console == []
+    for title in (
+        "Summary", "What did not finish", "Quality and what it costs", "Learning curves", "Size of the change",
+        "Directions that the change takes", "Learning-rate searches", "Every run", "To do it again",
+    ):  # fmt: skip
+        assert f">{title}" in seen.dom
+    assert seen.dom.count("<svg") == 5
+    assert seen.dom.count("<table") == 6
+    assert len(seen.picture) > 50_000
+
+
+def test_it_refers_to_nothing_outside_and_can_be_repeated() -> None:
+    made = comparison()
+    text = page(made)
+    assert addresses(text) == []
+    assert "default-src 'none'" in text
+    assert f"<pre>{made.command}</pre>" in text
+    for words in ("2026-11-23 15:00 UTC", "torch 2.13.0", "0, 1, 2", "210k trained parameters", "rank = 8"):
+        assert words in text
+    assert page(made) == text
+
+
+def test_numbers_have_units_and_a_spread() -> None:
+    one = contender("lora", 1.4)
+    text = page(comparison(one, contender("dora", 1.9)))
+    assert "810 kB" in text
+    assert "200k" in text
+    assert re.search(r">40\d ms<small>± [\d.]+ ms</small>|>39\d ms<small>± [\d.]+ ms</small>", text)
+    assert page(comparison(contender("lora", 1.4, seeds=1))).count("<small>±") == 0
+
+
+def test_differences_within_the_spread_are_called_so() -> None:
+    close = page(
+        comparison(*(contender(n, 0, runs=(run(0, a), run(1, b))) for n, a, b in (("one", 1, 2), ("two", 1.2, 2))))
+    )
+    assert "not to be told from it by these runs" in close
+    assert re.search(r"\(\+0\.\d+\)", close)
+    apart = page(comparison(contender("one", 1.0), contender("two", 2.0)))
+    assert "larger than the spread" in apart
+    assert not re.search(r"\(\+[\d.]+\)", apart)
+    single = page(comparison(contender("one", 1.0, seeds=1), contender("two", 2.0, seeds=1)))
+    assert "should be believed without more seeds" in " ".join(single.split())
+    assert "One seed (0)." in single
+
+
+def test_a_method_has_one_colour_and_the_order_does_not_change_it() -> None:
+    text = page(comparison(contender("worse", 2.0), contender("better", 1.0)))
+    assert text.index(">better<") < text.index(">worse<")
+    dots = set(re.findall(r'background: (var\(--s\d\))"></i>(\w+)', text))
+    assert dots == {("var(--s0)", "worse"), ("var(--s1)", "better")}
+
+
+def test_failures_have_their_reason_and_nothing_is_trusted() -> None:
+    hostile = "<img src=x onerror=alert(1)>"
+    text = page(comparison(contender("lora", 1.4), failed("bad" + hostile, reason=hostile), title=hostile))
+    assert hostile not in text
+    assert text.count("&lt;img src=x") >= 3
+    assert "before any run" in text
+
+
+def test_nothing_ran() -> None:
+    text = page(comparison(failed(), failed("other", "out of memory")))
+    assert "out of memory" in text
+    assert "<svg" not in text
+    assert "Summary" not in text
+
+
+def test_without_searches_layers_or_forgetting() -> None:
+    bare = run(0, 1.2, layers=(), forgetting=None, inference=None, step_seconds=None, missing={"step": "one step only"})
+    text = page(comparison(contender("full", 1.2, trials=(), runs=(bare,)), budget={}, search={}))
+    assert "Learning-rate searches" not in text
+    assert "Size of the change" not in text
+    assert "step: one step only" in text
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    points = [(1.0, 5.0), (2.0, 5.0), (2.0, 4.0), (3.0, 4.5), (4.0, 1.0)]  # cost, loss
+    assert front(points, higher=False) == [0, 2, 4]
+    assert front([(cost, -loss) for cost, loss in points], higher=True) == [0, 2, 4]
+    assert front([(1.0, 0.5), (2.0, 0.9), (3.0, 0.8)], higher=True) == [0, 1]
