@@ -115,7 +115,7 @@ def generate(
 
 def attach_products(generator: Generator, model: nn.Module, pairs: Pairs, name: str) -> Adapter:
     """A new LoRA on the model with these factors."""
-    methods = {site: _lora(record, site, site) for site, record in generator.about.sites.items()}
+    methods = {site: lora_of(record, site, site) for site, record in generator.about.sites.items()}
     widest = max(methods.values(), key=lambda method: method.rank)
     own = {site: method.model_dump() for site, method in methods.items() if method != widest}
     adapter = attach(model, widest, list(methods), name, overrides=own)
@@ -219,11 +219,12 @@ def _document(file: TensorFile, what: str) -> Document:
             raise AdapterFileError(f"{what}: {site[:200]!r} is no path of a layer: the file is damaged or hostile")
         if len(record.shape) != 2:
             raise AdapterFileError(f"{what}: {site} has no shape (out, in): the file is damaged")
-        _lora(record, site, what)
+        lora_of(record, site, what)
     return document
 
 
-def _lora(record: SiteRecord, site: str, what: str) -> Any:
+def lora_of(record: SiteRecord, site: str, what: str) -> Any:
+    """The LoRA that a generator's site gets, checked. `what` is the file that says it."""
     from rankfold.deltas.lora import LoRA
 
     method = _component(record.method, LoRA, f"{what}: {site}")

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rankfold.compose._flat import Layout, Pairs
-from rankfold.compose.generator import About, Generator
+from rankfold.compose.generator import About, Generator, lora_of
 from rankfold.core import Component
 from rankfold.core.linalg import svd_of_product
 from rankfold.errors import RankfoldError
@@ -71,8 +71,8 @@ class ConditionalVAE(Generator):
 
     def __init__(self, config: ICMLoRA, about: About):
         super().__init__(config, about)
-        ranks = {site: record.method["rank"] for site, record in about.sites.items()}
-        self.layout = Layout({s: ((r.shape[0], ranks[s]), (ranks[s], r.shape[1])) for s, r in about.sites.items()})  # type: ignore[dict-item]
+        ranks = {site: lora_of(record, site, "the generator").rank for site, record in about.sites.items()}
+        self.layout = Layout({s: ((r.shape[0], ranks[s]), (ranks[s], r.shape[1])) for s, r in about.sites.items()})
         self.length = sum(self.layout.sizes)
         cut = 1 << len(config.channels)
         # Two positions at least are left of a sample, so that a batch norm has a variance.

@@ -209,7 +209,7 @@ def test_training_lowers_the_loss_and_leaves_the_base() -> None:
 
 
 def test_what_it_cannot_adapt() -> None:
-    with pytest.raises(rankfold.RankfoldError, match="rank 1024 is over the size of .*16×16"):
+    with pytest.raises(rankfold.RankfoldError, match=r"rank 1024 is over the size of .*16×16"):
         GenerativeAdapter().for_model(tiny_llama())
     with pytest.raises(rankfold.RankfoldError, match="lm_head is no linear layer inside a decoder layer"):
         SMALL.for_model(tiny_llama(), ["lm_head"])
