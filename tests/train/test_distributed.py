@@ -104,8 +104,17 @@ MEZO = {"name": "mezo", "lr": 1e-3, "clip": 0}
         ("rankfold", {"optimizer": MEZO, "callbacks": ["orthogonality"]}),
         ("rankfold", {"optimizer": {**GALORE, "rank": 8}, "method": "full"}),
         ("tests.train.sharded", {"method": "full"}),
+        ("tests.train.sharded", {"optimizer": GALORE}),
+        ("tests.train.sharded", {"optimizer": {**GALORE, "rank": 8}, "method": "full"}),
+        ("tests.train.sharded", {"optimizer": {"name": "gradnormlorp", "rank": 8, "lr": 0.01}, "method": "full"}),
+        ("tests.train.sharded", {"optimizer": {"name": "adam8bit", "lr": 0.01}, "method": "full"}),
+        ("tests.train.sharded", {"optimizer": {"name": "lora-rite", "lr": 0.01}}),
+        ("tests.train.sharded", {"optimizer": MEZO}),
     ],
-    ids=["galore-ddp", "mezo-ddp", "full-galore-ddp", "full-adamw-fsdp"],
+    ids=[
+        *("galore-ddp", "mezo-ddp", "full-galore-ddp", "full-adamw-fsdp"),
+        *("galore-fsdp", "full-galore-fsdp", "full-gradnormlorp-fsdp", "full-adam8bit-fsdp", "rite-fsdp", "mezo-fsdp"),
+    ],
 )
 def test_memory_efficient_runs_train_as_one_process(
     module: str, changes: dict[str, Any], tmp_path: Path, llama_dir: Path, questions: Path
@@ -122,7 +131,11 @@ def test_memory_efficient_runs_train_as_one_process(
 @pytest.mark.parametrize(
     ("module", "optimizer", "message"),
     [
-        ("tests.train.sharded", GALORE, "a projection of a shard is no shard of the projection"),
+        (
+            "tests.train.sharded",
+            {**MEZO, "name": "sparse-mezo"},
+            "a projection of a shard is no shard of the projection",
+        ),
         ("rankfold", {**GALORE, "per_layer": True, "clip": 0}, "before processes could exchange gradients"),
     ],
     ids=["fsdp", "per-layer"],

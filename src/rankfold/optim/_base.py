@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from rankfold.errors import RankfoldError
 
@@ -28,6 +30,9 @@ class Stepwise(torch.optim.Optimizer):
     "nearest" number. With rounding="stochastic" a float32 result goes to one of its two neighbours, the nearer the
     likelier, so that it is right on average, and nothing more is kept. With "masters" a float32 copy of p is kept and
     stepped, 4 bytes a number, and p is that copy rounded; what something else writes into p goes into the copy.
+
+    A parameter that FSDP has sharded is put together for its step, as its gradient is, one at a time; every process
+    makes the whole step, keeps the whole state, and writes its own part.
     """
 
     def __init__(
@@ -66,19 +71,21 @@ class Stepwise(torch.optim.Optimizer):
 
     def step_one(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if p not in self.state:
-            self.state[p] = self._mastered(p, self.start(p, group))
+            P = whole(p)
+            self.state[p] = self._mastered(P, self.start(P, group))
         W = self.numbers(p)
-        self.update(p, W, grad.to(precise(p)), self.state[p], group)
+        self.update(p, W, whole(grad).to(precise(p)), self.state[p], group)
         self.write(p, W)
 
     def numbers(self, p: Tensor) -> Tensor:
-        """What is stepped for p, and then given to `write`: p itself, unless it is rounded in a way of its own."""
+        """What is stepped for p, and then given to `write`: p itself, unless it is sharded, or rounded in its own way."""
+        P = whole(p)
         if self.rounding == "nearest" or p.dtype == precise(p):
-            return p
+            return P
         if "master" not in self.state.get(p, {}):
-            return p.detach().to(precise(p))
+            return P.detach().to(precise(p))
         master = self.state[p]["master"]
-        return master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
+        return master.copy_(torch.where(master.to(p.dtype) == P, master, P.to(master.dtype)))
 
     def write(self, p: Tensor, W: Tensor) -> None:
         """Round the `numbers` into p."""
@@ -89,7 +96,7 @@ class Stepwise(torch.optim.Optimizer):
             first["roundings"] = first.get("roundings", 0) + 1
             seed = random.Random(f"rounding/{first['roundings']}").getrandbits(63)
             W = stochastic(W, p.dtype, torch.Generator(W.device).manual_seed(seed))
-        p.copy_(W)
+        own(p).copy_(share(W, p))
 
     def _mastered(self, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         if self.rounding == "masters" and p.dtype != precise(p):
@@ -98,7 +105,11 @@ class Stepwise(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of state for all parameters, stepped yet or not."""
-        blank = [(p.detach().to("meta"), group) for group in self.param_groups for p in group["params"]]
+        blank = [
+            (torch.empty_like(own(p), device="meta").new_empty(p.shape), group)
+            for group in self.param_groups
+            for p in group["params"]
+        ]
         states = [self._mastered(p, self.start(p, group)) for p, group in blank]
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
@@ -117,24 +128,55 @@ class Stepwise(torch.optim.Optimizer):
                 self.state[p] = self._mastered(p, own_state)
 
     def _finite(self) -> bool:
-        names = [
-            (f"{g}.{i}", p.grad)
+        grads = {
+            f"{g}.{i}": p.grad
             for g, group in enumerate(self.param_groups)
             for i, p in enumerate(group["params"])
             if p.grad is not None
-        ]
-        if not names:
+        }
+        if not grads:
             return True
+        parts, sharded = [own(grad) for grad in grads.values()], any(isinstance(g, DTensor) for g in grads.values())
+        device = parts[0].device
         # A sum is finite only if every term is, and much cheaper; one that overflows is looked at again.
-        if bool(torch.stack([grad.sum().to(names[0][1].device) for _, grad in names]).isfinite().all()):
+        finite = torch.stack([part.sum().to(device) for part in parts]).isfinite()
+        if bool(_everywhere(finite, sharded).all()):
             return True
-        finite = torch.stack([torch.isfinite(grad).all().to(names[0][1].device) for _, grad in names])
+        finite = _everywhere(torch.stack([torch.isfinite(part).all().to(device) for part in parts]), sharded)
         if bool(finite.all()):
             return True
         if self.not_finite == "raise":
-            first = next(name for (name, _), good in zip(names, finite.tolist(), strict=True) if not good)
+            first = next(name for name, good in zip(grads, finite.tolist(), strict=True) if not good)
             raise RankfoldError(f"the gradient of parameter {first} (group.place) holds NaN or infinity")
         return False
+
+
+def whole(x: Tensor) -> Tensor:
+    """All numbers of a tensor; it itself, unless it is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def own(x: Tensor) -> Tensor:
+    """The numbers of a tensor that this process has; it itself, unless it is sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def share(x: Tensor, p: Tensor) -> Tensor:
+    """Of x, which every process has as a whole, the numbers that this process has of p."""
+    if not isinstance(p, DTensor):
+        return x
+    everywhere = [Replicate()] * p.device_mesh.ndim
+    replicated = DTensor.from_local(x, p.device_mesh, everywhere, run_check=False)
+    return replicated.redistribute(placements=p.placements).to_local()
+
+
+def _everywhere(flags: Tensor, sharded: bool) -> Tensor:
+    """What is true in every process, where each sees its own shards."""
+    if not sharded:
+        return flags
+    counts = flags.int()
+    torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MIN)
+    return counts.bool()
 
 
 def precise(p: Tensor) -> torch.dtype:

@@ -50,10 +50,10 @@ class Blocks(Subspace):
         interval, t = divmod(state["step"], self.every)
         state["step"] += 1
         if t == 0:
-            moments = self._moments(p)
+            moments = self._moments(W)
             for name in moments:
                 state.pop(name, None)
-            if self._places[p] in self.awake(interval):
+            if self.place(p) in self.awake(interval):
                 state.update(moments)
         if "m" in state:
             N, factor = self.inner.direction(G, state, t + 1)

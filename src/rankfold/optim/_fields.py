@@ -16,7 +16,9 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Stepping(Optimizer):
-    """What every optimiser that follows gradients asks."""
+    """What every optimiser that follows gradients asks, and gives its `Stepwise`."""
+
+    shards = "DTensor"
 
     not_finite: Annotated[NotFinite, Field(description="what a gradient of NaN or infinity does to a step")] = "raise"
     rounding: Annotated[

@@ -71,8 +71,17 @@ class Subspace(Stepwise):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        self._number()
+
+    def _number(self) -> None:
         own = [p for group in self.param_groups for p in group["params"] if self.projects(p, group)]
         self._places = {p: place for place, p in enumerate(own)}
+
+    def place(self, p: Tensor) -> int:
+        """The number of a matrix among those that are projected."""
+        if p not in self._places:  # Accelerate puts others in the groups when it shards the model
+            self._number()
+        return self._places[p]
 
     def step_in_backward(self) -> None:
         """From now on step each parameter as soon as a backward pass has its gradient, and free the gradient.
@@ -148,14 +157,14 @@ class Subspace(Stepwise):
     def _due(self, p: Tensor, step: int) -> bool:
         if step == 0 or not self.spread:
             return step % self.every == 0
-        place, count = self._places[p], len(self._places)
+        place, count = self.place(p), len(self._places)
         return step >= self.every and step % self.every == place * self.every // count
 
     def _renew(self, p: Tensor, G: Tensor, state: dict[str, Any]) -> None:
         first, old = state["step"] == 0, {}
         if self.switch == "rotate" and not first:
             old = {side: basis.clone() for side, basis in self.projector.kept(state).items()}
-        seed = random.Random(f"{self.seed}/{self._places[p]}/{state['step']}").getrandbits(63)
+        seed = random.Random(f"{self.seed}/{self.place(p)}/{state['step']}").getrandbits(63)
         self.projector.refresh(G, state, seed)
         if first:
             return

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rankfold.errors import RankfoldError
-from rankfold.optim._base import NotFinite, Rounding, Stepwise, precise
+from rankfold.optim._base import NotFinite, Rounding, Stepwise, precise, whole
 from rankfold.optim._fields import Stepping
 from rankfold.optim._pairs import pairs
 from rankfold.optim._rules import AdamW
@@ -63,7 +63,7 @@ class Rite(Stepwise):
         for group in self.param_groups:
             if group["pair"] and all(p.grad is not None for p in group["params"]):
                 B, A = (self.numbers(p).detach().to(precise(p)) for p in group["params"])
-                gB, gA = (p.grad.to(precise(p)) for p in group["params"])
+                gB, gA = (whole(p.grad).to(precise(p)) for p in group["params"])
                 self._seen |= zip(group["params"], (_see(gB, A.mT), _see(gA.mT, B)), strict=True)
         norms = [seen.g.norm() for seen in self._seen.values()]
         norm = torch.stack([n.to(norms[0].device) for n in norms]).norm() if norms else torch.zeros(())

@@ -8,10 +8,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rankfold.core import Optimizer
 from rankfold.errors import RankfoldError
-from rankfold.optim._base import NotFinite
+from rankfold.optim._base import NotFinite, own, share
 
 _AT_ONCE = 2**20  # numbers of z made at a time: what a step needs beside the forward pass
 Masks = dict[Tensor, list[Tensor | None]]
@@ -24,7 +25,8 @@ class ZerothOrder(torch.optim.Optimizer):
     does no backward pass. Both calls see the same state of torch's random generator; put the model in `eval()`, as the
     paper does, all the same: dropout only adds noise. Nothing is kept between steps but their number. θ comes back from
     its perturbations up to the rounding of its dtype, also where the closure raises. Biases and other vectors are not
-    decayed; parameters that do not require a gradient are left alone. `c` is that of the last step, `skipped` counts
+    decayed; parameters that do not require a gradient are left alone. A parameter that FSDP has sharded is moved where
+    it lies, by the same z. `c` is that of the last step, `skipped` counts
     the steps without a finite one.
     """
 
@@ -108,15 +110,18 @@ class ZerothOrder(torch.optim.Optimizer):
                     rngs[p.device] = torch.Generator(p.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
                 wide = torch.promote_types(p.dtype, torch.float32)
                 for part, mask in zip(pieces(p), masks[p], strict=True):
-                    z = torch.randn(part.shape, generator=rngs[p.device], device=p.device, dtype=wide)
+                    shape = p.shape if isinstance(p, DTensor) else part.shape
+                    z = share(torch.randn(shape, generator=rngs[p.device], device=p.device, dtype=wide), p)
                     if mask is not None:
                         z.mul_(unpacked(mask, z.shape))
                     yield group, p, part, z
 
 
 def pieces(p: Tensor) -> Sequence[Tensor]:
-    """Views that make up p. Numbers that do not lie in a row cannot be cut so, and are taken whole."""
-    return p.detach().view(-1).split(_AT_ONCE) if p.is_contiguous() else [p.detach()]
+    """Views that make up p. Numbers that do not lie in a row cannot be cut so, and are taken whole, as a shard is."""
+    if isinstance(p, DTensor) or not p.is_contiguous():
+        return [own(p.detach())]
+    return p.detach().view(-1).split(_AT_ONCE)
 
 
 def packed(mask: Tensor) -> Tensor:
@@ -142,6 +147,7 @@ class MeZO(Optimizer):
     title: ClassVar[str] = "Fine-Tuning Language Models with Just Forward Passes"
     source: ClassVar[str] = "arXiv 2305.17333"
     backward: ClassVar[bool] = False
+    shards = "DTensor"
 
     eps: Annotated[float, Field(gt=0, description="size ε of the perturbation")] = 1e-3
     seed: Annotated[int, Field(ge=0, description="seed of the directions")] = 0

@@ -72,6 +72,7 @@ class SM3(Stepping):
     slug: ClassVar[str] = "sm3"
     title: ClassVar[str] = "Memory-Efficient Adaptive Optimization"
     source: ClassVar[str] = "arXiv 1901.11150"
+    shards = "none"  # of sparse deltas it knows the parameters themselves, which sharding replaces
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     eps: Annotated[float, Field(gt=0)] = 1e-8

@@ -62,6 +62,7 @@ class SparseMeZO(MeZO):
     slug: ClassVar[str] = "sparse-mezo"
     title: ClassVar[str] = "Sparse MeZO: Less Parameters for Better Performance in Zeroth-Order LLM Fine-Tuning"
     source: ClassVar[str] = "arXiv 2402.15751"
+    shards = "none"  # h is of a whole parameter
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="share of the numbers, the largest, left alone")] = 0.75
 

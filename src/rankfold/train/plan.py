@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import transformers
@@ -53,7 +53,7 @@ def _build(component: Component, key: str, kind: type) -> Any:
 class FromTorch(rankfold.Optimizer):
     """A class of torch.optim, with its arguments."""
 
-    whole: ClassVar[bool] = False
+    shards = "any"
 
     kind: Callable[..., torch.optim.Optimizer]
     hyper: dict[str, Any]

@@ -104,11 +104,14 @@ class AdapterTrainer(transformers.Trainer):
             checkpointing=bool(self.args.gradient_checkpointing),
             processes=self.args.world_size,
         )
-        if self.rule.whole and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        tensors = self.is_fsdp_enabled and self.accelerator.is_fsdp2
+        flat = self.is_deepspeed_enabled or (self.is_fsdp_enabled and not tensors)
+        if (flat and self.rule.shards != "any") or (tensors and self.rule.shards == "none"):
+            further = "" if self.rule.shards == "none" else "FSDP2, which can put it together again, "
             raise RankfoldError(
-                f"optimizer: {getattr(self.rule, 'slug', type(self.rule).__name__)} needs a parameter's gradient as a "
-                "whole (a projection of a shard is no shard of the projection), and FSDP and DeepSpeed leave each "
-                "process a shard: use DDP, or an optimiser of torch.optim"
+                f"optimizer: {getattr(self.rule, 'slug', type(self.rule).__name__)} needs a parameter as a whole (a "
+                "projection of a shard is no shard of the projection), and here each process has a shard of it: use "
+                f"DDP, {further}or an optimiser of torch.optim"
             )
 
     @property
