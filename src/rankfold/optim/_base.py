@@ -78,7 +78,7 @@ class Stepwise(torch.optim.Optimizer):
         self.write(p, W)
 
     def numbers(self, p: Tensor) -> Tensor:
-        """What is stepped for p, and then given to `write`: p itself, unless it is sharded, or rounded in its own way."""
+        """What is stepped for p, and then given to `write`: p itself, unless sharded or rounded in its own way."""
         P = whole(p)
         if self.rounding == "nearest" or p.dtype == precise(p):
             return P
