@@ -106,7 +106,7 @@ class Stepwise(torch.optim.Optimizer):
     def state_bytes(self) -> int:
         """Bytes of state for all parameters, stepped yet or not."""
         blank = [
-            (torch.empty_like(own(p), device="meta").new_empty(p.shape), group)
+            (torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
             for group in self.param_groups
             for p in group["params"]
         ]
