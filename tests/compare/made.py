@@ -56,37 +56,42 @@ def run(seed: int, final: float, cost: float = 1.0, **changes: Any) -> RunResult
 
 
 def contender(name: str, final: float, cost: float = 1.0, seeds: int = 3, **changes: Any) -> Contender:
-    trials = tuple(
-        Trial(number=i, lr=lr, state="pruned" if i == 3 else "complete", loss=None if i == 3 else final + 0.1 + 0.1 * i,
-              curve=(Point(step=20, seconds=8, loss=final + 0.5),))
-        for i, lr in enumerate((1e-3, 3e-3, 3e-4, 1e-2))
-    )  # fmt: skip
+    """Without a search and without layers, which take the page its time to draw."""
     given: dict[str, Any] = {
         "name": name,
         "axis": "deltas",
         "changes": {"method": {"name": name}},
         "size": Size(field="rank", value=8.0, parameters=round(200_000 * cost), budget=210_000),
         "lr": 1e-3,
-        "trials": trials,
-        "runs": tuple(run(seed, final, cost) for seed in range(seeds)),
+        "trials": (),
+        "runs": tuple(run(seed, final, cost, layers=()) for seed in range(seeds)),
         "failures": (),
     }
     return Contender(**given | changes)
 
 
+def whole(name: str, final: float, cost: float = 1.0) -> Contender:
+    trials = tuple(
+        Trial(number=i, lr=lr, state="pruned" if i == 3 else "complete", loss=None if i == 3 else final + 0.1 + 0.1 * i,
+              curve=(Point(step=20, seconds=8, loss=final + 0.5),))
+        for i, lr in enumerate((1e-3, 3e-3, 3e-4, 1e-2))
+    )  # fmt: skip
+    return contender(name, final, cost, trials=trials, runs=tuple(run(seed, final, cost) for seed in range(3)))
+
+
 def failed(name: str = "broken", reason: str = "RankfoldError: no such layer") -> Contender:
     failure = Failure(seed=None, reason=reason)
-    return contender(name, 1.0, runs=(), trials=(), size=None, lr=None, failures=(failure,))
+    return contender(name, 1.0, runs=(), size=None, lr=None, failures=(failure,))
 
 
 def comparison(*contenders: Contender, **changes: Any) -> Comparison:
     some = contenders or (
-        contender("lora", 1.40),
-        contender("dora", 1.402, 1.6),
-        contender("kasa:rank=4", 1.46, 0.5),
-        contender("vera", 1.62, 0.06),
-        contender("galore", 1.38, 3.5),
-        contender("ia3", 1.8, 0.03),
+        whole("lora", 1.40),
+        whole("dora", 1.402, 1.6),
+        whole("kasa:rank=4", 1.46, 0.5),
+        whole("vera", 1.62, 0.06),
+        whole("galore", 1.38, 3.5),
+        whole("ia3", 1.8, 0.03),
         failed(),
     )
     given: dict[str, Any] = {

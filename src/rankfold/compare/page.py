@@ -306,12 +306,12 @@ def _legend(into: Any, ran: Sequence[Contender], looks: dict[str, tuple[str, str
 
 def _scale(axes: Any, of: Figure, costs: Sequence[float]) -> None:
     """Logarithmic where it takes that to tell the small ones apart; ticks with units."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     if min(costs) > 0 and max(costs) > 8 * min(costs):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: of.show(value)))
