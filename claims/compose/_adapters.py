@@ -6,15 +6,16 @@ For claims about merging: a side names the rule in `merge`, and `several` is the
 import functools
 import json
 import statistics
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
-
-import torch
 
 import rankfold
 from claims.harness import Measure, Run, Side, build, fit
-from claims.tasks import FromScratch, Loaded, Scratch
+from claims.tasks import TASKS, FromScratch, Loaded, Scratch
 
+ALONE = Side({"name": "lora", "rank": 8}, lr=1e-2, steps=120, merge={"name": "none"})  # each on its own text
 LOST, WORST = "share of the gain that is lost", "share of the gain that is lost on the worst text"
 
 
@@ -30,18 +31,19 @@ def several(loaded: Loaded, side: Side, seed: int, measure: Measure | None) -> d
     over the texts.
     """
     assert side.merge is not None
-    task: Scratch = loaded.task
-    model, losses = trained(task, json.dumps(side.method), side.lr, side.steps, seed)
+    parts = texts(loaded.task)
+    model, losses = trained(loaded.task, json.dumps(side.method), side.lr, side.steps, seed)
+    if side.merge["name"] == "none":
+        return {"held-out loss": statistics.fmean(after for _, after in losses), LOST: 0.0, WORST: 0.0}
+    adapters = [rankfold.adapters(model)[f"text{i}"] for i in range(len(parts))]
     rule = dict(side.merge)
     weight, to = rule.pop("weight", None), rule.pop("to", None)
-    parts = texts(task)
-    adapters = [rankfold.adapters(model)[f"text{i}"] for i in range(len(parts))]
     weights = None if weight is None else [weight] * len(parts)
     made, report = rankfold.combine(adapters, build(rule), weights, "merged", rank=to, seed=seed)
     try:
         rankfold.set_active(model, made.name)
         found = [loss_on(part, model) for part in parts]
-        lost = [(after - best) / (base - best) for after, (base, best) in zip(found, losses, strict=True)]
+        lost = [(after - best) / (before - best) for after, (before, best) in zip(found, losses, strict=True)]
         outcome = {
             "held-out loss": statistics.fmean(found),
             LOST: statistics.fmean(lost),
@@ -61,28 +63,31 @@ def trained(task: Scratch, method: str, lr: float, steps: int, seed: int) -> tup
     """The model with an adapter `text0`, `text1`, ... for each text, each from a start of its own, and the losses on
     the text without and with it."""
     parts = texts(task)
+    alone = [_alone(part, method, lr, steps, 10 * seed + i) for i, part in enumerate(parts)]
     parts[0].fresh(seed)
-    model, losses = parts[0].model, list[tuple[float, float]]()
-    side = Side(json.loads(method), lr=lr, steps=steps)
-    for i, part in enumerate(parts):
-        part.model, start = model, 10 * seed + i
-        torch.manual_seed(start)
-        before = loss_on(part, model)
-        adapter = rankfold.attach(model, build(json.loads(method)), task.targets, f"text{i}", seed=start)
-        fit(part, adapter, side, part.batches(start))
-        losses.append((before, loss_on(part, model)))
-        rankfold.set_active(model, None)
-    return model, losses
-
-
-def texts(task: Scratch) -> list[FromScratch]:
-    """The task once for each of its texts."""
-    return [_text(replace(task, texts=kind)) for kind in task.texts.split("+")]
+    for i, (folder, _) in enumerate(alone):
+        rankfold.load(parts[0].model, folder, f"text{i}", active=False)
+    return parts[0].model, [losses for _, losses in alone]
 
 
 @functools.cache
-def _text(task: Scratch) -> FromScratch:
-    return FromScratch(task)
+def _alone(part: FromScratch, method: str, lr: float, steps: int, seed: int) -> tuple[Path, tuple[float, float]]:
+    """Where the adapter for one text lies, and the losses."""
+    part.fresh(seed)
+    before = loss_on(part, part.model)
+    adapter = rankfold.attach(part.model, build(json.loads(method)), part.task.targets, seed=seed)
+    fit(part, adapter, Side(json.loads(method), lr=lr, steps=steps), part.batches(seed))
+    return rankfold.save(part.model, tempfile.mkdtemp()), (before, loss_on(part, part.model))
+
+
+def texts(task: Scratch) -> list[FromScratch]:
+    """The task for each of its texts, all on the one pretrained model of "from code"."""
+    return [_text(kind) for kind in task.texts.split("+")]
+
+
+@functools.cache
+def _text(kind: str) -> FromScratch:
+    return FromScratch(replace(TASKS["from code"], texts=kind))  # type: ignore[arg-type,type-var]
 
 
 def loss_on(part: FromScratch, model: Any) -> float:

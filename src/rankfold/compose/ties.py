@@ -63,7 +63,7 @@ def agreeing_mean(taus: Sequence[Tensor]) -> Tensor:
     elected = torch.where(elected == 0, elected.sum().sign(), elected)
     total, count = torch.zeros_like(elected), torch.zeros_like(elected)
     for tau in taus:
-        agrees = (tau.sign() == elected) & (tau != 0)
+        agrees = tau.sign() == elected  # where both are 0 there is nothing to add
         total += tau * agrees
         count += agrees
     return total / count.clamp(min=1)
