@@ -15,6 +15,7 @@ import yaml
 
 from rankfold.compare.contest import Contest
 from rankfold.compare.execution import Cluster, Local
+from rankfold.compare.page import write_page
 from rankfold.compare.plan import Plan, read_plan, recipe_of
 from rankfold.compare.result import FIGURES, Comparison
 from rankfold.compare.table import as_csv
@@ -61,8 +62,8 @@ def compare(
 
     Every training is a process of its own. With `resume`, go on with what was stopped or killed: what has finished is
     not done again. `jobs` run at once (unless given, as many as there are contenders and cores; one on an
-    accelerator), each with an equal share of the cores; with `ray`, as many as the cluster at this address has room
-    for, with one core each.
+    accelerator), each with an equal share of the cores, which a comparison keeps however it is gone on with; with
+    `ray`, as many as the cluster at this address has room for, with one core each.
 
     `show` is called twice a second, and when a contender comes to another part of its work. `command` is only kept.
 
@@ -73,10 +74,10 @@ def compare(
     output = Path(output)
     recipes = [_checked(plan, place) for place in range(len(plan.contenders))]
     _claim(output, plan, resume)
-    cut = _cut(plan, output)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = jobs or (1 if torch.accelerator.is_available() else min(cores, len(plan.contenders)))
-    threads = 1 if ray else max(1, cores // jobs)
+    cut = _cut(plan, output, threads=1 if ray else max(1, cores // jobs))
+    threads = cut["threads"]
     execution = Cluster(ray, threads) if ray else Local(jobs, threads)
     contest = Contest(plan, recipes, output, cut["labels"], threads, execution, show)
     try:
@@ -87,8 +88,6 @@ def compare(
     found = _comparison(contest, cut, jobs, command)
     write_whole(output / "comparison.json", found.model_dump_json(indent=1) + "\n")
     write_whole(output / "comparison.csv", as_csv(found))
-    from rankfold.compare.page import write_page
-
     write_page(found, output / "comparison.html")
     return found
 
@@ -140,8 +139,11 @@ def _claim(output: Path, plan: Plan, resume: bool) -> None:
     write_whole(output / PLAN, yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=120))
 
 
-def _cut(plan: Plan, output: Path) -> dict[str, Any]:
-    """Cut the rows once for all runs, into files; a search's validation rows come out of those to train on."""
+def _cut(plan: Plan, output: Path, threads: int) -> dict[str, Any]:
+    """Cut the rows once for all runs, into files; a search's validation rows come out of those to train on.
+
+    What else is settled at the start is kept beside them.
+    """
     if (output / ROWS).exists():
         return json.loads((output / ROWS).read_text(encoding="utf-8"))
     recipe, search = plan.recipe, plan.search
@@ -159,7 +161,8 @@ def _cut(plan: Plan, output: Path) -> dict[str, Any]:
         }
     for name, rows in parts.items():
         write_whole(output / "data" / f"{name}.parquet", lambda file, rows=rows: rows.to_parquet(file))
-    cut = {"rows": {name: len(rows) for name, rows in parts.items()}, "labels": labels, "started": _now()}
+    rows = {name: len(part) for name, part in parts.items()}
+    cut = {"rows": rows, "labels": labels, "threads": threads, "started": _now()}
     write_whole(output / ROWS, json.dumps(cut))
     return cut
 
