@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rankfold.compose._compression import Code, Compression
-from rankfold.compose.compress import compress
+from rankfold.compose.compress import approximated, compress
 from rankfold.core.adapter import Adapter
 from rankfold.core.codecs import write_ternary
 from rankfold.core.control import detach, using
@@ -90,13 +90,15 @@ def grid(
     The adapter itself is not changed. `how` are the other settings.
     """
     settings, losses = (how or ComPEFT()).model_dump(), {}
-    for density in densities:
-        for alpha in alphas:
-            compressed, _ = compress(adapter, ComPEFT(**{**settings, "density": density, "alpha": alpha}))
-            try:
-                with using(adapter.model, compressed.name):
+    compressed, _ = compress(adapter, how or ComPEFT())
+    try:
+        with using(adapter.model, compressed.name):
+            for density in densities:
+                for alpha in alphas:
+                    tried = ComPEFT(**{**settings, "density": density, "alpha": alpha})
+                    compressed.load_state_dict({**adapter.state_dict(), **approximated(adapter, tried)})
                     losses[density, alpha] = loss()
-            finally:
-                detach(adapter.model, compressed.name)
+    finally:
+        detach(adapter.model, compressed.name)
     density, alpha = min(losses, key=lambda pair: losses[pair])
     return ComPEFT(**{**settings, "density": density, "alpha": alpha}), losses

@@ -98,15 +98,7 @@ def _write(adapter: Adapter | str | Path, how: Compression, to: Path) -> tuple[P
         raise RankfoldError(f"{to} is a file; an adapter is saved into a folder")
     source, tensors, document, before = _opened(adapter)
     document |= _recoded(source, how, document)
-    methods = _trained(source, tensors, how)
-    if not methods:
-        vectors = "" if how.from_start else ". Where it trains vectors, from_start=True codes these"
-        raise UnsupportedError(f"{how.slug} codes trained matrices, and {source.method.slug} has none{vectors}")
-    tau = {name: tensors[name].cpu() for name in methods}
-    if how.from_start:
-        start = _start(document)
-        tau = {name: tensor - start[name] for name, tensor in tau.items()}
-    codes = how.codes(tau, methods)
+    codes, tau, _ = _coded(source, tensors, document, how)
     data = b"".join(code.data for code in codes)
     rest = {name: tensor for name, tensor in tensors.items() if name not in tau}
     write_coded(to, rest, data, {**document, "encoding": _encoding(how, codes, tau)})
@@ -117,6 +109,28 @@ def _write(adapter: Adapter | str | Path, how: Compression, to: Path) -> tuple[P
         layers[site] = _compared(delta, made.delta(site), [(tau[name], read[name]) for name in own])
     numbers, coded = (sum(tensor.numel() for tensor in which.values()) for which in (tensors, tau))
     return to, Compressed(before, _bytes(to), numbers, coded, len(data), layers)
+
+
+def approximated(adapter: Adapter, how: Compression) -> dict[str, Tensor]:
+    """The coded tensors of an attached adapter as they would be read back; nothing is written."""
+    source, tensors, document, _ = _opened(adapter)
+    codes, tau, start = _coded(source, tensors, document | _recoded(source, how, document), how)
+    read = decoded(codes, tau)
+    return {name: start[name] + tensor for name, tensor in read.items()} if how.from_start else read
+
+
+def _coded(
+    source: Adapter, tensors: Mapping[str, Tensor], document: Mapping[str, Any], how: Compression
+) -> tuple[list[Code], dict[str, Tensor], dict[str, Tensor]]:
+    """The codes, what they are of, and where training started if that is the difference to it."""
+    methods = _trained(source, tensors, how)
+    if not methods:
+        vectors = "" if how.from_start else ". Where it trains vectors, from_start=True codes these"
+        raise UnsupportedError(f"{how.slug} codes trained matrices, and {source.method.slug} has none{vectors}")
+    tau = {name: tensors[name].cpu() for name in methods}
+    start = _start(document) if how.from_start else {}
+    tau = {name: tensor - start[name] if how.from_start else tensor for name, tensor in tau.items()}
+    return how.codes(tau, methods), tau, start
 
 
 def _opened(adapter: Adapter | str | Path) -> tuple[Adapter, dict[str, Tensor], dict[str, Any], int]:
