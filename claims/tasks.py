@@ -63,7 +63,7 @@ class Scratch:
 
 _CODE = "source of Python's standard library, by the byte"
 
-TASKS: dict[str, Task | Scratch] = {
+TASKS: dict[str, Any] = {
     "code": Scratch(model="2-layer Llama from scratch", data=_CODE, texts="code"),
     "uneven code": Scratch(
         model="2-layer Llama from scratch, weight rows of uneven norm", data=_CODE, texts="code", spread=100.0
@@ -323,5 +323,7 @@ def _blocks(text: str, size: int) -> torch.Tensor:
 @functools.cache
 def load(name: str) -> Loaded:
     """The task of that name; the first call loads its model and data."""
-    task = TASKS[name]
+    task: Any = TASKS[name]
+    if not isinstance(task, Task | Scratch):  # one that a claim brings along, for its own `how`
+        return task
     return FromScratch(task) if isinstance(task, Scratch) else Loaded(task)
