@@ -305,7 +305,9 @@ def test_what_the_caller_got_wrong(tmp_path: Path) -> None:
         (lambda: compress(adapter, "zip"), "no component is called 'zip'"),
         (lambda: compress(tmp_path / "whole", "compeft"), "say the folder"),  # type: ignore[call-overload]
         (lambda: compress(tmp_path / "whole", "compeft", tmp_path / "file"), "is a file"),
+        (lambda: compress(tmp_path / "whole", "compeft", tmp_path / "whole"), "is the adapter itself"),
         (lambda: compress(tmp_path / "none", "compeft", tmp_path / "x"), "there is no folder"),
+        (lambda: compress(tmp_path / "none", "compeft", tmp_path), "there is no folder"),
         (lambda: compress(adapter, "compeft", "default"), "default"),
         (lambda: rankfold.build("compeft", density=0), "greater than or equal to 0.001"),
         (lambda: rankfold.build("compeft", alpha=0), "greater than 0"),
@@ -314,6 +316,15 @@ def test_what_the_caller_got_wrong(tmp_path: Path) -> None:
             call()
     assert not (tmp_path / "x").exists()
     assert rankfold.adapters(model).keys() == {"default"}
+
+
+def test_a_diverged_adapter_is_not_compressed(tmp_path: Path) -> None:
+    _, adapter = trained()
+    with torch.no_grad():
+        adapter.deltas["fc1"].B[0, 0] = torch.nan
+    with pytest.raises(RankfoldError, match=r"fc1\.B holds NaN"):
+        compress(adapter, "compeft", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
 
 
 def test_what_it_was_compressed_by_is_told(tmp_path: Path) -> None:

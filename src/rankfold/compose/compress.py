@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rankfold
 from rankfold.compose._compression import Code, Compression, decoded
-from rankfold.core.adapter import Adapter
+from rankfold.core.adapter import Adapter, check_finite
 from rankfold.core.checkpoint import SavedDeltas, load, starts, write_coded
 from rankfold.core.component import build
 from rankfold.core.delta import Delta
@@ -96,7 +96,10 @@ def compress(
 def _write(adapter: Adapter | str | Path, how: Compression, to: Path) -> tuple[Path, Compressed]:
     if to.exists() and not to.is_dir():
         raise RankfoldError(f"{to} is a file; an adapter is saved into a folder")
+    if not isinstance(adapter, Adapter) and to.exists() and Path(adapter).exists() and to.samefile(adapter):
+        raise RankfoldError(f"compress: {to} is the adapter itself, which stays as it is: give another folder")
     source, tensors, document, before = _opened(adapter)
+    check_finite(tensors, f"adapter {source.name!r} is not compressed")
     document |= _recoded(source, how, document)
     codes, tau, _ = _coded(source, tensors, document, how)
     data = b"".join(code.data for code in codes)
@@ -105,7 +108,7 @@ def _write(adapter: Adapter | str | Path, how: Compression, to: Path) -> tuple[P
     made, read = SavedDeltas(to), decoded(codes, tau)
     layers = {}
     for site, delta in source.deltas.items():
-        own = [name for name in tau if name.startswith(f"deltas.{site}.")]
+        own = [name for part, _ in delta.named_parameters() if (name := f"deltas.{site}.{part}") in tau]
         layers[site] = _compared(delta, made.delta(site), [(tau[name], read[name]) for name in own])
     numbers, coded = (sum(tensor.numel() for tensor in which.values()) for which in (tensors, tau))
     return to, Compressed(before, _bytes(to), numbers, coded, len(data), layers)
