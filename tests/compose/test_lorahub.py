@@ -69,6 +69,7 @@ def test_worked_numbers() -> None:
     close(mixture(pairs[:1], [0.5]), [[0.25, 0], [0, 0]])
     close(mixture(pairs, [0, 1]), [[0, 0], [0, 1]])
     close(mixture(pairs, [0, 0]), [[0, 0], [0, 0]])
+    close(mixture(pairs, [-1, 1]), [[1, -1], [-1, 1]])
     two = draw(6, 3, seed=1), draw(3, 7, seed=2)
     close(mixture([two, (two[0][:, :1], two[1][:1])], [0, 1]), two[0][:, :1] @ two[1][:1])
     U, S, Vh = torch.linalg.svd(two[0] @ two[1])

@@ -63,6 +63,9 @@ def test_worked_numbers() -> None:
     assert [p.tolist() for p in P] == [[0, 1], [1, 0], [0]]
     before = objective(a, b)
     assert (before, objective(a, permute(b, P))) == (6, 15)  # ⟨C, I⟩ = 3 + 3 and ⟨C, P⟩ = 10 + 5
+    same = torch.ones(2, 2)  # here only the biases tell the units apart
+    told = [[(same, torch.tensor(bias)), (same, None)] for bias in ([1.0, 2.0], [2.0, 1.0])]
+    assert match(*told)[1].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("bias", [True, False])
