@@ -4,6 +4,7 @@ A recipe gives a pretrained model. A scratch task is a small Llama on real text 
 """
 
 import functools
+import hashlib
 import json
 import statistics
 import sysconfig
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankfold.core.files import write_whole
 from rankfold.train.display import Display
 from rankfold.train.inputs import load_inputs
-from rankfold.train.places import locate
+from rankfold.train.places import cache_dir, locate
 from rankfold.train.recipe_file import read_recipe
 from rankfold.train.rows import read_split
 
@@ -259,7 +261,13 @@ class FromScratch(Loaded):
 
 @functools.cache
 def _pretrained(task: Scratch, steps: int = 600) -> dict[str, torch.Tensor]:
-    """The weights after plain training on the task."""
+    """The weights after plain training on the task; kept for the next process."""
+    from safetensors.torch import load_file, save_file
+
+    described = json.dumps([task.texts, task.layers, task.spread, task.batch, task.block, steps])
+    kept = cache_dir() / "claims" / f"{hashlib.sha256(described.encode()).hexdigest()[:16]}.safetensors"
+    if kept.exists():
+        return load_file(kept)
     loaded = FromScratch(task)
     loaded.fresh(0)
     optimizer = torch.optim.AdamW(loaded.model.parameters())
@@ -270,7 +278,9 @@ def _pretrained(task: Scratch, steps: int = 600) -> dict[str, torch.Tensor]:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return loaded.model.state_dict()
+    weights = loaded.model.state_dict()
+    write_whole(kept, lambda file: save_file(weights, file))
+    return weights
 
 
 def _texts(kind: str) -> tuple[str, str]:

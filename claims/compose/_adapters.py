@@ -4,9 +4,9 @@ For claims about merging: a side names the rule in `merge`, and `several` is the
 """
 
 import functools
+import hashlib
 import json
 import statistics
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import rankfold
 from claims.harness import Measure, Run, Side, build, fit
 from claims.tasks import TASKS, FromScratch, Loaded, Scratch
+from rankfold.core.files import write_whole
+from rankfold.train.places import cache_dir
 
-ALONE = Side({"name": "lora", "rank": 8}, lr=1e-2, steps=120, merge={"name": "none"})  # each on its own text
+ALONE = Side({"name": "lora", "rank": 8}, lr=1e-2, steps=60, merge={"name": "none"})  # each on its own text
 LOST, WORST = "share of the gain that is lost", "share of the gain that is lost on the worst text"
 
 
-def merging(name: str, *, rank: int = 8, lr: float = 1e-2, steps: int = 120, **rule: Any) -> Side:
+def merging(name: str, *, rank: int = 8, lr: float = 1e-2, steps: int = 60, **rule: Any) -> Side:
     """Adapters of that rank, merged by the rule; `weight` is that of each, `to` the rank of the result."""
     return Side({"name": "lora", "rank": rank}, lr=lr, steps=steps, merge={"name": name, **rule})
 
@@ -72,12 +74,20 @@ def trained(task: Scratch, method: str, lr: float, steps: int, seed: int) -> tup
 
 @functools.cache
 def _alone(part: FromScratch, method: str, lr: float, steps: int, seed: int) -> tuple[Path, tuple[float, float]]:
-    """Where the adapter for one text lies, and the losses."""
+    """Where the adapter for one text lies, and the losses; both are kept for the next process."""
+    described = json.dumps([part.task.texts, method, lr, steps, seed])
+    kept = cache_dir() / "claims" / hashlib.sha256(described.encode()).hexdigest()[:16]
+    if (kept / "losses.json").exists():
+        before, after = json.loads((kept / "losses.json").read_text())
+        return kept, (before, after)
     part.fresh(seed)
     before = loss_on(part, part.model)
     adapter = rankfold.attach(part.model, build(json.loads(method)), part.task.targets, seed=seed)
     fit(part, adapter, Side(json.loads(method), lr=lr, steps=steps), part.batches(seed))
-    return rankfold.save(part.model, tempfile.mkdtemp()), (before, loss_on(part, part.model))
+    rankfold.save(part.model, kept)
+    after = loss_on(part, part.model)
+    write_whole(kept / "losses.json", json.dumps([before, after]))
+    return kept, (before, after)
 
 
 def texts(task: Scratch) -> list[FromScratch]:

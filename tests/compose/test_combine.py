@@ -157,6 +157,20 @@ def test_taking_an_adapter_away_undoes_it() -> None:
     assert all(layer.error < 1e-6 or layer.error == 1 for layer in report.values())
 
 
+def test_what_is_merged_meanwhile_changes_nothing() -> None:
+    """A change that depends on the base weights is that of the original ones."""
+    model = net()
+    adapters = [scramble(attach(model, slug, slug), i) for i, slug in enumerate(("dora", "lora"))]
+    expected = total([changes(a) for a in adapters], [0.5, 0.5])
+    for i, merged in enumerate((("lora",), ("dora",), ("lora", "dora"))):
+        for name in merged:
+            rankfold.merge(model, name)
+        made, _ = rankfold.combine(adapters, "linear", to=f"made{i}")
+        rankfold.unmerge(model)
+        for site, change in changes(made).items():
+            close(change, expected[site], atol=1e-9)
+
+
 def test_a_bias_is_counted_as_lost(tmp_path: Path) -> None:
     """A LoRA holds no bias: IA3 scales one."""
     model = net()

@@ -172,7 +172,7 @@ class _Unplaced(Site):
 class _Apart:
     """What stands for an adapted layer where there is none."""
 
-    _rankfold = SimpleNamespace(tags=None)  # no model, so no rows that carry anything
+    _rankfold = SimpleNamespace(tags=None, originals={})  # no model, so no rows and nothing merged
 
 
 class _Layer(_Apart):

@@ -110,10 +110,15 @@ def product(delta: Delta, rank: int | None) -> tuple[Tensor, Tensor, float]:
 
 
 def _whole_change(delta: Delta) -> Tensor:
-    """ΔW (out, in) on the base as it was before an offset was folded into it."""
+    """ΔW (out, in) on the base as it was before anything was folded or merged into it."""
     if delta.form == "update":
         return wide(delta.update())
-    W = wide(delta.W)
+    site = delta.site
+    at = site.name if site.kind == "experts" else f"{site.name}.{site.parameter}"
+    original = delta.layer._rankfold.originals.get(at)
     if delta.is_folded:
+        W = wide(delta.folded)
         W = W + delta.scale * (delta.B0 @ delta.A0).to(W.dtype)
+    else:
+        W = wide(delta.W if original is None else delta.layer.to_matrix(original))
     return delta.adapted_weight(W) - W
