@@ -1,6 +1,8 @@
 """The course of a comparison, with processes that answer at once."""
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from rankfold.compare.contest import Contest, halved
 from rankfold.compare.job import Job, Outcome
 from rankfold.compare.plan import Plan, make_plan
+from rankfold.compare.run import ComparisonInterruptedError, _until_stopped
 from rankfold.errors import RankfoldError
 from rankfold.train.recipe import Batch
 from tests.compare.conftest import Answering, contest, died_after_a_step, well
@@ -196,3 +199,22 @@ def test_a_cluster_that_does_not_see_the_folder_fails_the_contender(plan: Plan, 
 
     states = go(plan, tmp_path, Blind(well)).states
     assert all("does not see it" in state.failures[0].reason for state in states)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_cancels_what_is_running(plan: Plan, tmp_path: Path, number: int) -> None:
+    class Long(Answering):
+        stopped = 0
+
+        async def run(self, folder: Path) -> None:
+            asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), number)
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.stopped += 1
+                raise
+
+    running = Long(well)
+    with pytest.raises(ComparisonInterruptedError, match="stopped after 0 trainings") as error:
+        asyncio.run(_until_stopped(contest(plan, tmp_path, running)))
+    assert (error.value.signal, running.stopped) == (number, 4)

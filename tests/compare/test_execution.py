@@ -98,3 +98,32 @@ def test_a_curve_is_what_was_held_out(tmp_path: Path) -> None:
         point(0, 2.0),
         point(1, 1.0).model_copy(update={"seconds": 1.5, "accuracy": 0.5}),
     )
+
+
+def test_one_that_is_cancelled_is_asked_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankfold.compare.execution._process", _patient)
+    execution = Local(jobs=1, threads=1)
+
+    async def cancelled() -> None:
+        running = asyncio.create_task(execution.run(tmp_path))
+        while not (tmp_path / "there").exists():
+            await asyncio.sleep(0.01)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(cancelled())
+    assert (tmp_path / "stopped").read_text() == "in good order"
+
+
+def _patient(folder: str, threads: int) -> None:
+    import signal
+    from time import sleep
+
+    def stop(number: int, frame: object) -> None:
+        (Path(folder) / "stopped").write_text("in good order")
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    (Path(folder) / "there").touch()
+    sleep(60)

@@ -57,11 +57,24 @@ def test_means_and_deviations(comparison: Comparison) -> None:
 
 
 def test_the_table_has_a_line_for_each(comparison: Comparison) -> None:
-    console = Console(width=240, record=True, file=io.StringIO())
-    console.print(table(comparison.ranked(), {"dora": "searching 1/5"}, comparison.metric))
-    text = console.export_text()
+    text = printed(comparison, 240)
     for said in ("held-out loss", "lora[red]", "searching 1/5", "failed", "+0.5000", "5 kB", "500 ms"):
         assert said in text
+    assert "merged cost" not in text.replace("unmerged cost", "")  # nobody has it
+    assert "besides" not in text
+
+
+def test_a_narrow_table_leaves_out_the_last_figures(comparison: Comparison) -> None:
+    text = printed(comparison, 80)
+    for said in ("held-out loss", "lora[red]", "searching 1/5", "failed", "3.0000 ± 1.4142", "besides: "):
+        assert said in text
+    assert "+0.5000" not in text
+
+
+def printed(comparison: Comparison, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table(comparison.ranked(), {"dora": "searching 1/5"}, comparison.metric, console))
+    return console.export_text()
 
 
 def test_the_csv_has_a_line_for_each_run_and_failure(comparison: Comparison) -> None:

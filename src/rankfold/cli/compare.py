@@ -95,7 +95,7 @@ def compare(
     if json:
         print(found.model_dump_json(indent=2))
         return
-    stdout.print(table(found.ranked(), {}, found.metric))
+    stdout.print(table(found.ranked(), {}, found.metric, stdout))
     for contender in found.contenders:
         for failure in contender.failures:
             where = "" if failure.seed is None else f", seed {failure.seed}"
@@ -129,6 +129,6 @@ def _following() -> Iterator[Any]:
 
         def show(contest: "Contest") -> None:
             doing = {state.entry.name: state.shown for state in contest.states}
-            live.update(table([s.contender() for s in contest.states], doing, "quality"), refresh=True)
+            live.update(table([s.contender() for s in contest.states], doing, "quality", stderr), refresh=True)
 
         yield show

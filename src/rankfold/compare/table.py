@@ -4,15 +4,32 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rankfold.compare.result import FIGURES, Comparison, Contender, Figure
 
 
-def table(contenders: Sequence[Contender], doing: Mapping[str, str], metric: str) -> Table:
-    """A line for each contender: what it is doing, the rate it found, and every figure as mean ± deviation."""
-    made = Table("", "", "rate", *(metric if name == "quality" else f.title for name, f in FIGURES.items()))
+def table(contenders: Sequence[Contender], doing: Mapping[str, str], metric: str, console: Console) -> Table:
+    """A line for each contender: what it is doing, the rate it found, and every figure as mean ± deviation.
+
+    Figures that nobody has are left out, and the last ones where the console is too narrow for all.
+    """
+    names = [name for name, f in FIGURES.items() if name == "quality" or any(c.values(f) for c in contenders)]
+    left_out: list[str] = []
+    while True:
+        made = _table(contenders, doing, metric, names)
+        if left_out:
+            made.caption = f"in the report besides: {', '.join(FIGURES[name].title for name in reversed(left_out))}"
+        unbounded = console.options.update(width=10_000)  # else it measures what it would be squeezed to
+        if len(names) == 1 or console.measure(made, options=unbounded).maximum <= console.width:
+            return made
+        left_out.append(names.pop())
+
+
+def _table(contenders: Sequence[Contender], doing: Mapping[str, str], metric: str, names: Sequence[str]) -> Table:
+    made = Table("", "", "rate", *(metric if name == "quality" else FIGURES[name].title for name in names))
     for contender in contenders:
         state = doing.get(contender.name, "failed" if contender.failed else f"{len(contender.runs)} seeds")
         red = contender.failed and bool(contender.failures)
@@ -20,7 +37,7 @@ def table(contenders: Sequence[Contender], doing: Mapping[str, str], metric: str
             Text(contender.name),  # no markup in what a user wrote
             Text(state, style="red" if red else "dim"),
             "" if contender.lr is None else f"{contender.lr:.2g}",
-            *(shown(contender, figure) for figure in FIGURES.values()),
+            *(shown(contender, FIGURES[name]) for name in names),
         )
     return made
 
