@@ -1,6 +1,6 @@
 """Several adapters as one: a merge says what becomes of one layer's products, and `combine` does the rest."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, overload
@@ -139,7 +139,7 @@ def combine(
     sources = [open_source(adapter, model) for adapter in adapters]
     differ = _compared(sources, force)
     sites = _union(sources)
-    full = _in_full(sources)
+    full = _in_full(sources, sites)
     name = getattr(rule, "slug", "combined")  # a rule that somebody did not register has none
     seen = rule.survey(lambda: (_pairs(sources, site, progress)[0] for site in sites.values()), weights)
     report: dict[str, Combined] = {}
@@ -195,7 +195,7 @@ def _union(sources: Sequence[Source]) -> dict[str, Site]:
     return sites
 
 
-def _in_full(sources: Sequence[Source]) -> dict[str, Source]:
+def _in_full(sources: Sequence[Source], sites: Iterable[str]) -> dict[str, Source]:
     """The source of each module that is held in full."""
     found: dict[str, Source] = {}
     for source in sources:
@@ -211,6 +211,12 @@ def _in_full(sources: Sequence[Source]) -> dict[str, Source]:
                     f"{first.name!r} and {source.name!r} both hold {path} in full, and differ: two heads cannot be "
                     "combined. Save one of them without it, or train both adapters under one head"
                 )
+    for site in sites:
+        if inside := [path for path in found if f"{site}.".startswith(f"{path}.")]:
+            raise RankfoldError(
+                f"{found[inside[0]].name!r} holds {inside[0]} in full, and another adapter has a delta on {site}: "
+                "one of them would be lost. Train both adapters alike there"
+            )
     return found
 
 
@@ -240,10 +246,11 @@ def widest(pairs: Sequence[Pair]) -> int:
 
 
 def _apart(B: Tensor, A: Tensor, pairs: Sequence[Pair], weights: Sequence[float]) -> float:
-    """How far B A is from the weighted sum, relative to that, without forming either."""
+    """How far B A is from the weighted sum, relative to that, without forming either; 1 where that is zero."""
     summed = norm_of_product(*stacked(pairs, weights))
     apart = norm_of_product(*stacked([(B, A), *pairs], [1.0, *(-w for w in weights)]))
-    return apart / summed if summed > 0 else float(apart > 0)
+    nothing = 1e-6 * max(norm_of_product(w * B, A) for w, (B, A) in zip(weights, pairs, strict=True))  # rounding
+    return apart / summed if summed > nothing else float(apart > nothing)
 
 
 def norm_of_product(B: Tensor, A: Tensor) -> float:
