@@ -130,6 +130,28 @@ def test_each_row_has_the_weights_of_its_context() -> None:
         model(x)
 
 
+@pytest.mark.parametrize("kind", ["conv1d", "embedding", "conv"])
+def test_other_layers_take_contexts_by_row(kind: str) -> None:
+    """Of random skills, as an adapter has that is attached without a library."""
+    model, x, s = net(kind), example(kind), draw(4, 2, seed=2)
+    before = model(x)
+    adapter = attach_to(model, "psec", kind=kind, weights="context", width=2, hidden=(5, 4))
+    assert adapter.num_parameters() == (2 + 1) * 5 + (5 + 1) * 4 + (4 + 1) * 2 == adapter.method.shared_count([])
+    with context(model, s):
+        assert difference(model(x), before) < 1e-12  # α starts at 0
+        scramble(adapter, 4)
+        together = model(x)
+    assert difference(together, before) > 1e-3
+    for row in range(4):
+        with context(model, s[row : row + 1]):
+            assert difference(together[row], model(x[row : row + 1])[0]) < 1e-12
+
+
+def test_experts_have_no_weights_by_row() -> None:
+    with pytest.raises(UnsupportedError, match="fused experts"):
+        attach_to(net("experts"), "psec", kind="experts", weights="context", width=2)
+
+
 def test_contexts_and_adapters_by_row() -> None:
     model, x, s = skilled(), example(), draw(4, 3, seed=2)
     by_context(model)
