@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rankfold
-from rankfold import LoRALego
+from rankfold import LoRA, LoRALego
 from rankfold.compose._units import balanced, cut, factors, mixed, rows, widened
 from rankfold.compose.lora_lego import sort
-from tests.methods.support import close, draw
+from tests.methods.support import change, close, draw
 
 Pair = tuple[Tensor, Tensor]
 OFF = {"parameter_reweighting": False, "output_reweighting": False}
@@ -154,5 +154,21 @@ def test_units() -> None:
     assert error == pytest.approx(float(S[2] / S[:3].norm()))
 
 
-def test_it_is_one_of_the_rules() -> None:
-    assert rankfold.build("lora-lego").axis == "compose"
+def test_adapters_in_any_order_and_of_any_rank() -> None:
+    """Through `combine`: the rank is the largest of theirs, and the order of the adapters changes nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 6), nn.Linear(6, 5)).double()
+    adapters = []
+    for i, rank in enumerate((2, 4, 3)):
+        adapter = rankfold.attach(model, LoRA(rank=rank, alpha=3), ["0", "1"], name=f"task{i}", seed=i)
+        for delta in adapter.deltas.values():
+            delta.set_start(draw(*delta.B.shape, seed=i), draw(*delta.A.shape, seed=50 + i))
+        adapters.append(adapter)
+    one, report = rankfold.combine(adapters, "lego", to="one")
+    other, _ = rankfold.combine(adapters[::-1], LoRALego(), to="other")
+    assert {layer.rank for layer in report.values()} == {4}
+    for site, delta in one.deltas.items():
+        close(change(other.deltas[site]), change(delta), atol=1e-10)
+    whole, _ = rankfold.combine(adapters, LoRALego(**OFF), to="whole", rank=9)
+    for site, delta in whole.deltas.items():
+        close(change(delta), torch.stack([change(adapter.deltas[site]) for adapter in adapters]).sum(0), atol=1e-10)

@@ -109,7 +109,7 @@ def between(a: Sequence[Layer], b: Sequence[Layer], share: float) -> list[Layer]
 
 def _each(do: Callable[..., Tensor], *networks: Sequence[Layer]) -> list[Layer]:
     """A network of what `do` makes of the tensors that have the same place; None where one of them is."""
-    found = []
+    found: list[Any] = []
     for layers in zip(*networks, strict=True):
         parts = zip(*layers, strict=True)
         found.append(tuple(None if any(t is None for t in part) else do(*part) for part in parts))
