@@ -85,6 +85,7 @@ def test_alarms_name_the_measure_and_the_place() -> None:
     assert {alarm.name for alarm in audit(model, blocks=blocks(), limit=lenient).alarms} <= {
         "intruders",
         "attention norm",
+        "probes not asked",
     }
 
 

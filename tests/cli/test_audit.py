@@ -1,6 +1,7 @@
 """`rankfold audit` and `rankfold soften` on a finished run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import rankfold
 from rankfold import cli
+from rankfold.audit.record import FILE, Raised, check, read, write
 from tests.train import tiny
 
 
@@ -40,14 +42,69 @@ def test_audit_reports_and_gates(place: Path, capfd: pytest.CaptureFixture[str],
     assert made["forgetting"]["tokens"] > 500
     assert made["protected"]["count"] == made["harmless"]["count"] == 100
     assert made["missing"] == {}
-    assert "data:image/png" in (tmp_path / "audit.html").read_text()
+    assert "<svg" in (tmp_path / "audit.html").read_text()
 
 
 def test_audit_shows_a_table_and_what_was_not_measured(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capfd, "audit", place / "adapter", "--model", place / "llama", "--no-probes")
     assert code == 0
-    for word in ("q_proj", "intruders", "not measured: forgetting", "not measured: refusals", "HIGH"):
+    for word in ("0.self_attn.q_proj", "intruders", "not measured: forgetting", "not measured: refusals", "HIGH"):
         assert word in out
+    assert "WARN probes not asked at the model: 0 (limit 1)" in out
+
+
+def test_other_adapters_are_compared_with(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    here = place / "adapter"
+    code, out, _ = run(capfd, "audit", here, "--model", place / "llama", "--no-probes", "--with", here, "--with", here)
+    assert code == 0
+    for name in ("adapter", "adapter-2"):
+        assert f"overlap with {name} on 4 weights: outputs 1.00" in out
+
+
+def test_what_an_audit_raised_is_kept_and_gates(place: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(place / "adapter", adapter)
+    (adapter / FILE).unlink(missing_ok=True)
+    base = ("--model", place / "llama")
+    before = (adapter / "adapter.safetensors").read_bytes()
+    assert "audit       none" in run(capfd, "inspect", adapter)[1]
+    run(capfd, "audit", adapter, *base, "--no-probes", "--no-record")
+    assert not (adapter / FILE).exists()
+    run(capfd, "audit", adapter, *base, "--no-probes")
+    assert (adapter / "adapter.safetensors").read_bytes() == before
+    assert "HIGH spectral growth at model.layers" in run(capfd, "inspect", adapter)[1]
+    kept = json.loads(run(capfd, "inspect", adapter, "--json")[1])["audit"]
+    assert "refusals" in kept["missing"]
+    assert {alarm["level"] for alarm in kept["alarms"]} == {"HIGH", "WARN"}
+    for command in (("merge", "--output", tmp_path / "merged"), ("export", "--output", tmp_path / "peft")):
+        code, _, err = run(capfd, command[0], *base, "--adapter", adapter, *command[1:])
+        assert code == 2
+        assert "--despite 'spectral growth'" in err
+        assert not command[2].exists()
+        despite = ("--despite", "spectral growth")
+        assert run(capfd, command[0], *base, "--adapter", adapter, *command[1:], *despite)[0] == 0
+
+
+def test_a_record_counts_for_the_adapter_that_it_is_of_only(place: Path, tmp_path: Path) -> None:
+    model = tiny.llama()
+    rankfold.load(model, place / "adapter")
+    folder = rankfold.save(model, tmp_path / "adapter")
+    alarm = Raised(name="refusals lost", where="the model", value=0.2, threshold=0.1, level="HIGH")
+    write(folder, [alarm], {})
+    with pytest.raises(rankfold.RankfoldError, match="refusals lost"):
+        check(folder)
+    check(folder, ["refusals lost"])
+    rankfold.save(model, folder)  # trained on, perhaps
+    assert read(folder) is None
+    check(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"id": 1}', '{"id": "x", "id": "x"}', "x" * (5 << 20)])
+def test_a_damaged_record_is_named(place: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(place / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / FILE).write_text(text)
+    with pytest.raises(rankfold.AdapterFileError, match=FILE):
+        read(tmp_path / "adapter")
 
 
 def test_soften_writes_an_adapter_without_intruders(

@@ -101,7 +101,7 @@ def page(made: Audit) -> str:
 def _figures(made: Audit) -> list[tuple[str, str, str]]:
     grown = max(made.rows, key=lambda row: row.spectral_growth)
     rows = [
-        (_VERDICTS[made.worst], f"{len(made.alarms)} alarms", made.worst or "good"),
+        (_VERDICTS[made.worst], _many(len(made.alarms), "alarm"), made.worst or "good"),
         (f"{made.parameters:,}", "numbers trained", ""),
         (str(sum(row.intruders for row in made.rows)), f"intruders in {len(made.rows)} weights", ""),
         (f"{grown.spectral_growth:+.1%}", "largest spectral growth", ""),
@@ -113,6 +113,10 @@ def _figures(made: Audit) -> list[tuple[str, str, str]]:
         p = made.protected
         rows.append((f"{p.before} → {p.after}", f"of {p.count} protected requests refused", p.level() or ""))
     return rows
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def _alarms(made: Audit) -> list[str]:
@@ -129,7 +133,7 @@ def _alarms(made: Audit) -> list[str]:
             rows.append([
                 Cell(name),
                 Cell(level, level=level),
-                Cell("the model" if everywhere else f"{len(some)} weights"),
+                Cell("the model" if everywhere else _many(len(some), "weight")),
                 Cell("" if everywhere else worst.where),
                 Cell(f"{worst.value:.4g}", worst.value),
                 Cell(f"{worst.threshold:.4g}", worst.threshold),

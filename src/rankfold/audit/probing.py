@@ -11,8 +11,8 @@ from rankfold.audit.safety import Refusals, compare, probes
 from rankfold.train.samples import generate
 
 OPENING = "I'm sorry"  # whose log-probability tells more than counts do
-_AT_ONCE = 20
-_NEW_TOKENS = 12  # a refusal shows in its first words
+_AT_ONCE = 25
+_NEW_TOKENS = 8  # a refusal shows in its first words
 
 
 def count() -> int:

@@ -27,6 +27,10 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, as optimizer.lr=1e-3. Repeatable."),
 ]
+DespiteOption = Annotated[
+    list[str] | None,
+    typer.Option("--despite", metavar="ALARM", help="Go on in spite of this HIGH alarm of its audit. Repeatable."),
+]
 
 # What people read goes to standard error, what machines read (and generated text) to standard output.
 stderr = Console(stderr=True)

@@ -1,7 +1,9 @@
 """`rankfold audit` and `rankfold soften`: what an adapter did to its model, and its intruder dimensions scaled down."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,9 +23,12 @@ from rankfold.cli._common import (
 from rankfold.errors import RankfoldError
 
 if TYPE_CHECKING:
+    from rankfold.audit.record import Raised
     from rankfold.audit.report import Audit
+    from rankfold.train.models import Loaded
 
 _SHOWN = 12  # layers of the table; all are in the page and in the JSON
+_COLUMNS = ("layer", "rank", "eff.", "growth", "‖ΔW‖/‖W‖", "intruders", "min m")  # what 80 letters hold
 
 
 def register(app: typer.Typer) -> None:
@@ -49,6 +54,10 @@ def audit(
         str | None,
         typer.Option("--reference", help="The same model tuned in full (as --model), to compare every layer with."),
     ] = None,
+    others: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="ADAPTER", help="Another adapter of this model, to compare with. Repeatable."),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option("--text", help="A text that has nothing to do with the task, to measure forgetting.")
     ] = None,
@@ -56,6 +65,9 @@ def audit(
         bool, typer.Option("--probes/--no-probes", help="Ask the benign probes, to see whether refusals were lost.")
     ] = True,
     html: Annotated[Path | None, typer.Option("--html", help="Write the report as one HTML file.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record/--no-record", help="Keep the alarms beside the adapter, for inspect and merge.")
+    ] = True,
     json: JsonOption = False,
     fail_on: Annotated[
         Literal["WARN", "HIGH"] | None, typer.Option("--fail-on", help="Exit with 1 if an alarm of this level fires.")
@@ -71,8 +83,11 @@ def audit(
     loaded = load_base(model, dtype, recipe)
     on_it = load_adapter(loaded, adapter)
     name = on_it.name
+    beside = [_load_beside(loaded, folder) for folder in others or ()]
 
+    from rankfold.audit import record as records
     from rankfold.audit.forgetting import blocks_of
+    from rankfold.audit.report import answers
     from rankfold.audit.report import audit as measure
     from rankfold.core.files import write_whole
     from rankfold.train.display import ConsoleDisplay
@@ -81,7 +96,7 @@ def audit(
     other = None if reference is None else load_base(reference, dtype, recipe).model
     blocks = None if text is None else blocks_of(text.read_text("utf-8", errors="replace"), loaded.processor)
     refusals = None
-    if probes and _answers(loaded.model):
+    if probes and answers(loaded.model):
         from rankfold.audit.probing import ask, count
 
         with display.bar("asking the probes", count()) as advance:
@@ -91,12 +106,19 @@ def audit(
             loaded.model,
             name,
             reference=other,
+            others=beside,
             blocks=blocks,
             refusals=refusals,
             k=components,
             threshold=threshold,
             progress=advance,
         )
+    raised = [records.Raised(**vars(alarm)) for alarm in made.alarms]
+    if record:
+        try:
+            records.write(adapter, raised, made.missing)
+        except OSError as error:
+            say([f"the alarms are not kept beside the adapter: {error}"])
     if html is not None:
         from rankfold.audit.page import page
 
@@ -104,28 +126,46 @@ def audit(
     if json:
         print_json(made.as_dict())
     else:
-        _show(made, html)
+        _show(made, raised, html)
     if fail_on is not None and made.worst in ("HIGH", fail_on):
         raise typer.Exit(1)
 
 
-def _answers(model: Any) -> bool:
-    """Whether the model continues a text, so that it can be asked something."""
-    return bool(getattr(model, "can_generate", bool)()) and not model.config.is_encoder_decoder
+def _load_beside(loaded: "Loaded", folder: Path) -> str:
+    """Another adapter on the same model, called as its folder is."""
+    import rankfold
+
+    name = re.sub(r"[^\w+=@-]+", "-", folder.resolve().name).lstrip("+=@-")[:100] or "other"
+    taken = set(rankfold.adapters(loaded.model))
+    free = next(name + end for end in ("", *(f"-{i}" for i in range(2, 1000))) if name + end not in taken)
+    with stderr.status("loading another adapter"):
+        return rankfold.load(loaded.model, folder, free, active=False).name
 
 
-def _show(made: "Audit", html: Path | None) -> None:
-    from rich.table import Table
+def _show(made: "Audit", alarms: "Sequence[Raised]", html: Path | None) -> None:
+    from rich.table import Column, Table
+    from rich.text import Text
 
     from rankfold.audit.page import COLUMNS
 
     worst_first = sorted(made.rows, key=lambda row: (-row.intruders, -row.frobenius_norm))
-    table = Table(*COLUMNS)
+    table = Table(*(Column(name, no_wrap=True) for name in _COLUMNS))
     for row in worst_first[:_SHOWN]:
-        table.add_row(*(show(row) for *_, show in COLUMNS.values()))
+        table.add_row(*(Text(COLUMNS[name][2](row).removeprefix("model.layers.")) for name in _COLUMNS))
     stdout.print(table)
     if len(made.rows) > _SHOWN:
         stdout.print(f"and {len(made.rows) - _SHOWN} more; --html and --json have all")
+    for other in dict.fromkeys(name for row in made.rows for name in row.between):
+        some = [row.between[other] for row in made.rows if other in row.between]
+        left, right, by_left, by_right = (
+            sum(getattr(found, side) for found in some) / len(some)
+            for side in ("left", "right", "left_chance", "right_chance")
+        )
+        stdout.print(
+            f"overlap with {other} on {len(some)} weights: outputs {left:.2f} ({by_left:.2f} by chance), inputs "
+            f"{right:.2f} ({by_right:.2f})",
+            highlight=False,
+        )
     if made.forgetting is not None:
         f = made.forgetting
         ratio = f"perplexity × {f.perplexity_ratio:.3f}"
@@ -143,12 +183,10 @@ def _show(made: "Audit", html: Path | None) -> None:
             )
     for what, why in made.missing.items():
         stdout.print(f"[dim]not measured: {what} ({why})[/dim]", highlight=False)
-    for alarm in made.alarms[:_SHOWN]:
-        colour = "red" if alarm.level == "HIGH" else "yellow"
-        beyond = f"{alarm.value:.4g}, over {alarm.threshold:g}"
-        stdout.print(f"[{colour}]{alarm.level}[/{colour}] {alarm.name} at {alarm.where}: {beyond}", highlight=False)
-    if len(made.alarms) > _SHOWN:
-        stdout.print(f"and {len(made.alarms) - _SHOWN} more alarms")
+    for alarm in alarms[:_SHOWN]:
+        stdout.print(Text(str(alarm), style="red" if alarm.level == "HIGH" else "yellow"))
+    if len(alarms) > _SHOWN:
+        stdout.print(f"and {len(alarms) - _SHOWN} more alarms")
     if not made.alarms:
         stdout.print("no alarm")
     if html is not None:

@@ -7,6 +7,8 @@ import typer
 
 from rankfold.cli._common import JsonOption, print_json, stdout
 
+_ALARMS = 4  # shown; the worst come first
+
 
 def register(app: typer.Typer) -> None:
     app.command(epilog="Example: rankfold inspect runs/gsm8k/adapter")(inspect)
@@ -17,9 +19,11 @@ def inspect(
     json: JsonOption = False,
 ) -> None:
     """Show what a saved adapter is: method, targets, size, base model. Loads no model and no weights."""
+    from rankfold.audit.record import read as read_audit
     from rankfold.core.checkpoint import read
 
     file = read(adapter)
+    audited = read_audit(file.path)
     if json:
         tensors = {
             name: {"dtype": str(entry.dtype).removeprefix("torch."), "shape": list(entry.shape)}
@@ -27,9 +31,11 @@ def inspect(
         }
         coded = None if file.encoding is None else file.encoding.by
         facts = {**file.document.model_dump(by_alias=True), "bytes": file.bytes, "compressed": coded}
-        print_json({**facts, "tensors": tensors})
+        audit = None if audited is None else audited.model_dump(exclude={"id"})
+        print_json({**facts, "audit": audit, "tensors": tensors})
         return
 
+    from rich.markup import escape
     from rich.table import Table
 
     document = file.document
@@ -53,9 +59,15 @@ def inspect(
         facts["forced"] = document.forced
     if file.encoding is not None:
         facts["compressed"] = _component(file.encoding.by)
+    facts["audit"] = "none" if audited is None else ", ".join(map(str, audited.alarms[:_ALARMS])) or "no alarm"
+    if audited is not None:
+        if len(audited.alarms) > _ALARMS:
+            facts["audit"] += f", and {len(audited.alarms) - _ALARMS} more alarms"
+        if audited.missing:
+            facts["audit"] += f"; not measured: {', '.join(audited.missing)}"
     width = max(map(len, facts))
     for key, value in facts.items():
-        stdout.print(f"[bold]{key:<{width}}[/bold]  {value}", highlight=False, soft_wrap=True)
+        stdout.print(f"[bold]{key:<{width}}[/bold]  {escape(value)}", highlight=False, soft_wrap=True)
     table = Table("layer", "kind", "shape", "count")
     for (name, kind, shape), count in kinds.items():
         table.add_row(name, kind, shape, str(count))

@@ -7,6 +7,7 @@ import typer
 
 from rankfold.cli._common import (
     AdapterOption,
+    DespiteOption,
     DtypeOption,
     ModelOption,
     RecipeOption,
@@ -28,12 +29,15 @@ def merge(
     output: Annotated[Path, typer.Option("--output", help="New folder for the merged model.")],
     dtype: DtypeOption = "float32",
     recipe: RecipeOption = None,
+    despite: DespiteOption = None,
 ) -> None:
     """Write an adapter into its base model and save the result as an ordinary Transformers model."""
     import rankfold
+    from rankfold.audit.record import check
     from rankfold.train.models import save_directory
 
     check_new(output)
+    check(adapter, despite or ())
     loaded = load_base(model, dtype, recipe)
     name = load_adapter(loaded, adapter).name
     with stderr.status("merging and saving"):

@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from rankfold.cli._common import AdapterOption, DtypeOption, ModelOption, RecipeOption, load_adapter, load_base, say
+from rankfold.cli._common import (
+    AdapterOption,
+    DespiteOption,
+    DtypeOption,
+    ModelOption,
+    RecipeOption,
+    load_adapter,
+    load_base,
+    say,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -21,10 +30,13 @@ def export(
     output: Annotated[Path, typer.Option("--output", help="Folder for the PEFT adapter.")],
     dtype: DtypeOption = "float32",
     recipe: RecipeOption = None,
+    despite: DespiteOption = None,
 ) -> None:
     """Write an adapter in PEFT's format, for PEFT, vLLM and what else reads that."""
     import rankfold
+    from rankfold.audit.record import check
 
+    check(adapter, despite or ())
     loaded = load_base(model, dtype, recipe)
     rankfold.export_peft(loaded.model, output, name=load_adapter(loaded, adapter).name)
     say([f"PEFT adapter: {output}"])
