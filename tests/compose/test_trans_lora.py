@@ -14,9 +14,10 @@ from rankfold.compose import trans_lora
 from rankfold.compose._synthetic import PATIENCE, Synthetic, around, collect, margins, question, sampled
 from rankfold.compose.trans_lora import prepare, read_kit, transfer
 from rankfold.errors import RankfoldError
-from rankfold.train import train
+from rankfold.train import samples, train
 from rankfold.train.recipe import Recipe
 from rankfold.train.recipe_file import validate
+from rankfold.train.samples import generate
 from tests.compose import writers
 from tests.train import tiny
 
@@ -137,6 +138,7 @@ def test_an_adapter_moves_without_the_data(
     data = Path(recipe.data.path)
     rows = data.read_text()
     held = [json.loads(line)["question"] for line in rows.splitlines()]
+    assert prepare(recipe, kit, name="toys", changes=STEPS, resume=True) == kit  # it is finished
     had = read_kit(kit)
     assert (len(had.seeds), had.count, had.columns["prompt"]) == (5, 24, "{prompt} ")
     assert set(had.seeds) <= set(held)
@@ -176,7 +178,7 @@ def test_an_adapter_moves_without_the_data(
 def test_a_stopped_transfer_goes_on(
     task: tuple[Recipe, Path], kit: Path, target_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped between two rounds: what comes of it in the end is the same, to the bit."""
+    """Stopped between two rounds, and between two answers: what comes of it in the end is the same, to the bit."""
     _, adapter = task
     monkeypatch.setattr(trans_lora, "margins", real)
     transfer(adapter, kit, str(target_model), tmp_path / "whole", **SMALL)
@@ -201,6 +203,20 @@ def test_a_stopped_transfer_goes_on(
         transfer(adapter, kit, str(target_model), tmp_path / "out", **SMALL)
     with pytest.raises(RankfoldError, match="has other settings"):
         transfer(adapter, kit, str(target_model), tmp_path / "out", **SMALL, seed=1, resume=True)
+    answered = 0
+
+    def answering(*arguments: Any, **given: Any) -> list[str]:
+        nonlocal answered
+        answered += not given["do_sample"]
+        if answered == 2:
+            raise KeyboardInterrupt
+        return generate(*arguments, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(samples, "generate", answering)
+        with pytest.raises(KeyboardInterrupt):
+            transfer(adapter, kit, str(target_model), tmp_path / "out", **SMALL, resume=True)
+    assert len((tmp_path / "out" / "answered.jsonl").read_text().splitlines()) == 8
     transfer(adapter, kit, str(target_model), tmp_path / "out", **SMALL, resume=True)
     names = ("synthetic.json", "pairs.jsonl")
     assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in names)

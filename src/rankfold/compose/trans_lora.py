@@ -72,6 +72,8 @@ def prepare(
 
     output, display = Path(output), display or Display()
     work = output / "work"
+    if resume and (output / "kit.json").exists() and not work.exists():
+        return output
     column, columns = _columns(recipe)
     rows = read_split(recipe.data, recipe.seed)[0]
     if column not in rows.column_names:
@@ -106,8 +108,8 @@ def prepare(
         targets=recipe.targets,
     )
     write_whole(output / "kit.json", kit.model_dump_json(indent=1) + "\n")
-    (output / "transfer.json").unlink()
     shutil.rmtree(work)
+    (output / "transfer.json").unlink()
     return output
 
 
@@ -161,8 +163,8 @@ def transfer(
     data["path"] = str(output / "pairs.jsonl")
     recipe = _recipe({"path": to}, data, had.method, had.targets, seed, changes)
     writing = recipe.model.model_dump() if generator is None else {"path": generator}
-    settings = {"to": to, "writing": writing, "count": count, "seed": seed, "max_new_tokens": max_new_tokens}
-    _claim(output, {"adapter": str(adapter), **settings, "kit": had.model_dump()}, resume)
+    settings = {"adapter": str(adapter), "to": to, "writing": writing, "count": count, "seed": seed, "size": size}
+    _claim(output, {**settings, "max_new_tokens": max_new_tokens, "kit": had.model_dump()}, resume)
     if not (output / "pairs.jsonl").exists():
         teacher = _loaded(model, display)
         with display.phase("loading the adapters"):
@@ -177,17 +179,20 @@ def transfer(
         read = encode.fields(Data.model_validate(data), ["prompt", "completion"])
         texts = [text for text, _ in made.kept]
         prompts = [_prompt(text, had, read, teacher) for text in texts]
-        said: list[str] = []
+        done = output / "answered.jsonl"
+        said = (
+            [json.loads(line)["completion"] for line in done.read_text("utf-8").splitlines()] if done.exists() else []
+        )
         with rankfold.using(teacher.model, "source"), display.bar("the source answers", len(texts)) as advance:
-            for start in range(0, len(prompts), size):
-                part = prompts[start : start + size]
+            for start in range(len(said), len(prompts), size):
                 said += generate(
-                    teacher.model, teacher.processor, part, special=had.format != "chat",
+                    teacher.model, teacher.processor, prompts[start : start + size], special=had.format != "chat",
                     max_new_tokens=max_new_tokens, do_sample=False,
                 )  # fmt: skip
-                for _ in part:
+                _write_rows(done, list(zip(texts, said, strict=False)))
+                for _ in prompts[start : start + size]:
                     advance()
-        _write_rows(output / "pairs.jsonl", list(zip(texts, said, strict=True)))
+        done.rename(output / "pairs.jsonl")
         del teacher
     return train(recipe, output, resume=True, display=display)
 
