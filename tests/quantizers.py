@@ -13,6 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from rankfold.core.packed import Format, Scheme
+from rankfold.quantizers._quantizer import quantize
+
 Quantizer = Callable[[nn.Module], nn.Module]
 
 
@@ -79,7 +82,14 @@ def _is_linear(module: nn.Module, name: str = "") -> bool:
     return type(module) is nn.Linear
 
 
+def _packed(model: nn.Module, format: Format) -> nn.Module:
+    quantize(model, Scheme(format=format, group=32), targets=lambda name, module: _is_linear(module))
+    return model
+
+
 QUANTIZERS: dict[str, Quantizer] = {
+    "rankfold-int4": lambda model: _packed(model, "int4"),
+    "rankfold-nf4": lambda model: _packed(model, "nf4"),
     "bitsandbytes-nf4": lambda model: each_linear(model, lambda layer: linear_4bit(layer, "nf4")),
     "bitsandbytes-nf4-double": lambda model: each_linear(model, lambda layer: linear_4bit(layer, "nf4", double=True)),
     "bitsandbytes-fp4": lambda model: each_linear(model, lambda layer: linear_4bit(layer, "fp4")),

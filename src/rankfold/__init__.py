@@ -18,9 +18,11 @@ _PUBLIC = {
     "rankfold.core.convert": ("as_lora",),
     "rankfold.core.merging": ("merge", "unmerge"),
     "rankfold.core.peft": ("export_peft", "import_peft"),
+    "rankfold.core.packed": ("Scheme",),
     "rankfold.core.registry": ("methods",),
     "rankfold.core": ("Callback", "Delta", "Init", "Method", "Optimizer", "Site"),
     "rankfold.errors": ("AdapterFileError", "RankfoldError", "UnsupportedError"),
+    "rankfold.quantizers._quantizer": ("quantize",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
@@ -36,9 +38,11 @@ if TYPE_CHECKING:
     from rankfold.core.control import adapters, detach, rename, set_active, using
     from rankfold.core.convert import as_lora
     from rankfold.core.merging import merge, unmerge
+    from rankfold.core.packed import Scheme
     from rankfold.core.peft import export_peft, import_peft
     from rankfold.core.registry import methods
     from rankfold.errors import AdapterFileError, RankfoldError, UnsupportedError
+    from rankfold.quantizers._quantizer import quantize
 
 
 def __getattr__(name: str) -> Any:

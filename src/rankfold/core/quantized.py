@@ -1,4 +1,4 @@
-"""Reading the dense weight out of a layer whose weight is stored in few bits (bitsandbytes, torchao)."""
+"""Reading the dense weight out of a layer whose weight is stored in few bits (ours, bitsandbytes, torchao)."""
 
 import copy
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.core.packed import PackedLinear
 from rankfold.errors import UnsupportedError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,6 +30,8 @@ def dense(weight: Tensor, layer: Any = None) -> Tensor:
     """
     if is_plain(weight):
         return weight
+    if isinstance(layer, PackedLinear):
+        return layer.dequantise()
     if hasattr(weight, "full_tensor"):  # sharded by FSDP: every process has to take part
         return dense(weight.full_tensor(), layer)  # type: ignore[attr-defined]
     if (state := _state_4bit(weight, layer)) is not None:
@@ -56,7 +59,7 @@ def dense(weight: Tensor, layer: Any = None) -> Tensor:
             ) from error
     raise UnsupportedError(
         f"the weight holds {weight.dtype} numbers in no layout Rankfold can read; supported are float weights, "
-        "bitsandbytes 4-bit and int8, and torchao"
+        "rankfold.quantize, bitsandbytes 4-bit and int8, and torchao"
     )
 
 

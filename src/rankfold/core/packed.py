@@ -1,0 +1,259 @@
+"""Weights in few bits: what a code stands for, how codes lie in bytes, and the linear layer that multiplies by them."""
+
+import functools
+import math
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from rankfold.errors import RankfoldError
+
+Format = Literal["int8", "int4", "int3", "int2", "ternary", "nf4", "fp4"]
+_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "ternary": 1.6, "nf4": 4, "fp4": 4}
+_PACK = {8: (1, 1), 4: (2, 1), 3: (8, 3), 2: (4, 1), 1.6: (5, 1)}  # so many codes in so many bytes
+# The 16 quantiles of a normal distribution that QLoRA takes (arXiv 2305.14314), as bitsandbytes rounds them.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of E2M1
+
+
+class Scheme(BaseModel):
+    """How a weight W (out, in) is kept: a code q for each of its numbers, and a scale s for each group of them.
+
+    `int` formats stand for `ŵ = s (q − z)`, with a whole z for each group or, with `symmetric`, the middle of the
+    range; ternary for `s (q − 1)`; `nf4` and `fp4` (E2M1) for `s t_q` with a table t. A group is a run of `group`
+    numbers along a row (over the inputs) or, with `along="out"`, down a column; the last of a row may be shorter.
+    `group="channel"` is a whole row or column, `"tensor"` the whole weight. Codes of a row begin at a byte.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Format = "int4"
+    group: Annotated[int, Field(ge=1)] | Literal["channel", "tensor"] = 64
+    along: Literal["in", "out"] = "in"
+    symmetric: bool = False
+    scales: Annotated[Literal["float32", "float16", "bfloat16"], Field(description="dtype that s is kept in")] = (
+        "float16"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_ints_have_zeros(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not str(values.get("format", "int4")).startswith("int"):
+            values = {**values, "symmetric": True}
+        return values
+
+    @property
+    def levels(self) -> int:
+        """How many values a code has."""
+        return 3 if self.format == "ternary" else 2 ** int(_BITS[self.format])
+
+    @property
+    def offset(self) -> int:
+        """z where no group has its own: the code of 0."""
+        return 1 if self.format == "ternary" else self.levels // 2
+
+    @property
+    def table(self) -> tuple[float, ...] | None:
+        """t, rising, for formats whose values are not evenly spaced."""
+        if self.format == "nf4":
+            return NF4
+        return (*(-t for t in FP4[:0:-1]), 0.0, *FP4) if self.format == "fp4" else None
+
+    def layout(self, out: int, in_: int) -> tuple[int, int, int, int]:
+        """Rows of codes, codes of a row, groups of a row (of the whole, per tensor), and bytes of a row."""
+        rows, n = (out, in_) if self.along == "in" else (in_, out)
+        groups = math.ceil(n / self.group) if isinstance(self.group, int) else 1
+        codes, size = _PACK[_BITS[self.format]]
+        return rows, n, groups, math.ceil(n / codes) * size
+
+    def bits(self, out: int, in_: int) -> float:
+        """Bits that a number of W takes, scales and zero points counted."""
+        rows, _, groups, size = self.layout(out, in_)
+        scale = torch.finfo(getattr(torch, self.scales)).bits + (0 if self.symmetric else 8)
+        return (8 * rows * size + (1 if self.group == "tensor" else rows) * groups * scale) / (out * in_)
+
+
+class Packed(NamedTuple):
+    """A weight as kept: codes (rows, bytes) and zeros (rows, groups) in uint8, or no zeros; scales (rows, groups).
+
+    Rows are those of W, or its columns where groups run along these. Per tensor there is one scale (1, 1).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+
+# ---- codes in bytes
+
+
+def pack(q: Tensor, scheme: Scheme) -> Tensor:
+    """Codes q (rows, n) in bytes (rows, bytes), the first in the lowest bits; a row is filled up with zeros."""
+    codes, size = _PACK[_BITS[scheme.format]]
+    q = F.pad(q.to(torch.uint8), (0, -q.shape[-1] % codes)).unflatten(-1, (-1, codes)).int()
+    base = 3 if scheme.format == "ternary" else scheme.levels
+    word = (q * base ** torch.arange(codes, dtype=torch.int32, device=q.device)).sum(-1, dtype=torch.int32)
+    return torch.stack([word >> 8 * i & 255 for i in range(size)], -1).flatten(-2).to(torch.uint8)
+
+
+def unpack(data: Tensor, n: int, scheme: Scheme) -> Tensor:
+    """The codes (rows, n), uint8, that were packed."""
+    bits = _BITS[scheme.format]
+    if bits == 8:
+        q = data
+    elif scheme.format == "ternary":
+        q = _trits(data.device)[data.int()].flatten(-2)
+    elif bits == 3:
+        low, middle, high = data.unflatten(-1, (-1, 3)).int().unbind(-1)
+        word = low | middle << 8 | high << 16
+        q = torch.stack([word >> 3 * i & 7 for i in range(8)], -1).flatten(-2).to(torch.uint8)
+    else:
+        bits = int(bits)
+        q = torch.stack([data >> bits * i & 2**bits - 1 for i in range(8 // bits)], -1).flatten(-2)
+    return q[..., :n]
+
+
+@functools.lru_cache(maxsize=8)
+def _trits(device: torch.device) -> Tensor:
+    """The five codes of each byte: (256, 5)."""
+    return torch.arange(256, dtype=torch.uint8, device=device)[:, None] // 3 ** torch.arange(
+        5, dtype=torch.uint8, device=device
+    ) % 3  # fmt: skip
+
+
+# ---- numbers and codes
+
+
+def rows_of(W: Tensor, scheme: Scheme) -> Tensor:
+    """W (out, in) so that groups run along its rows, or back."""
+    return W if scheme.along == "in" else W.mT
+
+
+def grouped(M: Tensor, scheme: Scheme) -> Tensor:
+    """M (rows, n) as (rows, groups, g); a last group that is shorter is filled up with its last number."""
+    if scheme.group == "tensor":
+        return M.reshape(1, 1, -1)
+    if scheme.group == "channel":
+        return M[:, None]
+    missing = -M.shape[1] % scheme.group
+    return torch.cat([M, M[:, -1:].expand(-1, missing)], 1).unflatten(1, (-1, scheme.group))
+
+
+def spread(per_group: Tensor, n: int, scheme: Scheme) -> Tensor:
+    """What each group has, (rows, groups), for each number: (rows, n), or what broadcasts to it."""
+    if not isinstance(scheme.group, int):
+        return per_group
+    return per_group.repeat_interleave(scheme.group, 1)[:, :n]
+
+
+def encode(M: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
+    """The codes (rows, n) of the values nearest to M (rows, n); rounding is half to even."""
+    s = spread(scales.to(M.dtype), M.shape[1], scheme)
+    if scheme.table is not None:
+        t = torch.tensor(scheme.table, dtype=M.dtype, device=M.device)
+        return torch.bucketize((M / s).contiguous(), (t[1:] + t[:-1]) / 2).to(torch.uint8)
+    z = scheme.offset if zeros is None else spread(zeros.to(M.dtype), M.shape[1], scheme)
+    return ((M / s).round() + z).clamp(0, scheme.levels - 1).to(torch.uint8)
+
+
+def decode(q: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """The values (rows, n) that codes stand for; gradients reach the scales."""
+    n = q.shape[1]
+    if scheme.table is not None:
+        values = torch.tensor(scheme.table, dtype=dtype, device=q.device)[q.int()]
+    elif zeros is None:
+        values = q.to(dtype) - scheme.offset
+    else:
+        values = q.to(dtype) - spread(zeros.to(dtype), n, scheme)
+    return values * spread(scales.to(dtype), n, scheme)
+
+
+def dequantise(packed: Packed, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """Ŵ (out, in)."""
+    n = scheme.layout(*shape)[1]
+    return rows_of(decode(unpack(packed.codes, n, scheme), packed.scales, packed.zeros, scheme, dtype), scheme)
+
+
+# ---- the layer
+
+
+class _Multiply(torch.autograd.Function):
+    """x Ŵᵀ. Nothing but the codes is kept for the backward pass, which dequantises them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, shape: Any, scheme: Scheme
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales, zeros)
+        ctx.shape, ctx.scheme = shape, scheme
+        return F.linear(x, dequantise(Packed(codes, scales, zeros), shape, scheme, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,) = grads
+        W = dequantise(Packed(*ctx.saved_tensors), ctx.shape, ctx.scheme, dy.dtype)
+        return dy @ W, None, None, None, None, None
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer over a packed weight: `weight` holds the codes, `scales` and `zeros` what the groups have.
+
+    All three are in its state_dict. It has no float weight at any time but for the length of a product. Gradients
+    reach its input, and its scales where these require them.
+    """
+
+    scales: nn.Parameter
+    zeros: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, scheme: Scheme, bias: bool, dtype: torch.dtype, device: Any
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.scheme, self.dtype = in_features, out_features, scheme, dtype
+        rows, _, groups, size = scheme.layout(out_features, in_features)
+        per = (1 if scheme.group == "tensor" else rows, groups)
+        codes = torch.empty(rows, size, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        scales = torch.empty(per, dtype=getattr(torch, scheme.scales), device=device)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.register_buffer("zeros", None if scheme.symmetric else torch.empty(per, dtype=torch.uint8, device=device))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        )
+
+    @classmethod
+    def of(cls, layer: nn.Linear, packed: Packed, scheme: Scheme) -> "PackedLinear":
+        """The layer with a packed weight in place of its own; the bias is the same parameter."""
+        made = cls(layer.in_features, layer.out_features, scheme, False, layer.weight.dtype, "meta")
+        for name, tensor in (("weight", packed.codes), ("scales", packed.scales)):
+            if tensor.shape != getattr(made, name).shape or tensor.dtype != getattr(made, name).dtype:
+                raise RankfoldError(f"{name} of {tuple(tensor.shape)} are not those of {scheme} for {layer}")
+            setattr(made, name, nn.Parameter(tensor, requires_grad=False))
+        made.zeros, made.bias = packed.zeros, layer.bias
+        return made.train(layer.training)
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(self.weight, self.scales, self.zeros)
+
+    def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Ŵ (out, in), in the dtype of the weight that was packed."""
+        return dequantise(self.packed, (self.out_features, self.in_features), self.scheme, dtype or self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.scales.requires_grad and torch.is_grad_enabled():
+            return F.linear(x, self.dequantise(x.dtype), bias)
+        shape = (self.out_features, self.in_features)
+        y: Any = _Multiply.apply(x, *self.packed, shape, self.scheme)
+        return y if bias is None else y + bias
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.scheme.format}, group={self.scheme.group}"

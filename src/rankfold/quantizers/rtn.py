@@ -1,0 +1,43 @@
+"""Round to nearest: every weight by itself to the nearest value of a grid that its group's extremes fix."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rankfold.core.packed import FP4, Packed, Scheme, encode, grouped, pack, rows_of
+from rankfold.quantizers._quantizer import Quantizer
+
+
+class RTN(Quantizer):
+    """Round to nearest, for every format; b bits, a group's smallest and largest number, range widened to hold 0:
+
+        asymmetric   s = (max − min) / (2ᵇ − 1),  z = round(−min / s),  q = clamp(round(w / s) + z, 0, 2ᵇ − 1)
+        symmetric    s = max|w| / (2ᵇ⁻¹ − 1),  z = 2ᵇ⁻¹
+        ternary      s = mean|w|        nf4   s = max|w|        fp4   s = max|w| / 6
+
+    Codes are chosen for the scales as they are kept. A group of zeros has the smallest scale there is.
+    """
+
+    slug: ClassVar[str] = "rtn"
+    title: ClassVar[str] = "Round to nearest"
+    source: ClassVar[str] = "AWQ's pseudo_quantize_tensor, with GPTQ's range"
+
+    def quantise(self, W: Tensor, scheme: Scheme) -> Packed:
+        M = rows_of(W, scheme)
+        scales, zeros = ranges(grouped(M, scheme), scheme)
+        return Packed(pack(encode(M, scales, zeros, scheme), scheme), scales, zeros)
+
+
+def ranges(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scales, as they are kept, and zeros of groups (rows, groups, g): both (rows, groups)."""
+    dtype = getattr(torch, scheme.scales)
+    least = torch.finfo(dtype).tiny
+    if scheme.format.startswith("int") and not scheme.symmetric:
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scales = ((high - low) / (scheme.levels - 1)).clamp(min=least).to(dtype)
+        zeros = (-low / scales.to(low.dtype)).round().clamp(0, scheme.levels - 1)
+        return scales, zeros.to(torch.uint8)
+    size = groups.abs().mean(-1) if scheme.format == "ternary" else groups.abs().amax(-1)
+    most = {"ternary": 1.0, "nf4": 1.0, "fp4": FP4[-1]}.get(scheme.format, scheme.levels / 2 - 1)
+    return (size / most).clamp(min=least).to(dtype), None
