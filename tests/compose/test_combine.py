@@ -269,6 +269,9 @@ def test_another_base_is_refused_or_forced(tmp_path: Path) -> None:
     rankfold.save(model, tmp_path / "again", adapter.name)
     assert read(tmp_path / "again").document.forced == forced
     assert read(folder).document.forced is None
+    rankfold.squeeze(where, 2, tmp_path / "small")
+    rankfold.combine([folder, where], "svd", to=tmp_path / "more")
+    assert read(tmp_path / "small").document.forced == read(tmp_path / "more").document.forced == forced
 
 
 def test_given_weights_that_are_anothers(tmp_path: Path) -> None:

@@ -177,7 +177,8 @@ def _compared(sources: Sequence[Source], force: bool) -> str | None:
             f"adapters of different base models: {'; '.join(found)}. What one learned means nothing on the other's "
             "weights; force=True (--force) combines them all the same, and the new adapter says so"
         )
-    return "; ".join(found)[:2000] or None
+    known = [source.forced for source in sources if source.forced is not None]
+    return "; ".join(dict.fromkeys([*found, *known]))[:2000] or None
 
 
 def _union(sources: Sequence[Source]) -> dict[str, Site]:

@@ -40,6 +40,12 @@ class Source:
         self.full: dict[str, list[str]] = {}
         self.doubt: str | None = None
 
+    @property
+    def forced(self) -> str | None:
+        """What spoke against making this adapter already."""
+        made: Any = self.document or self.adapter
+        return made.forced
+
     def delta(self, site: str) -> Delta:
         """The site's delta; of a saved adapter it is read now."""
         raise NotImplementedError

@@ -84,7 +84,7 @@ def squeeze(
     source = open_source(adapter)
     rng = torch.Generator().manual_seed(seed)
     report: dict[str, Squeezed] = {}
-    with Result(source, to if to is not None else f"{source.name}-squeezed") as result:
+    with Result(source, to if to is not None else f"{source.name}-squeezed", forced=source.forced) as result:
         for site in source.sites.values():
             own = source.methods[site.name]
             B, A = _product(source.delta(site.name), own.slug)
