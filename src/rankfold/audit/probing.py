@@ -1,18 +1,19 @@
 """Asking a model the probes of the safety check, with the adapter and without."""
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import rankfold
 from rankfold.audit.safety import Refusals, compare, probes
-from rankfold.train.samples import generate
 
 OPENING = "I'm sorry"  # whose log-probability tells more than counts do
-_AT_ONCE = 25
 _NEW_TOKENS = 8  # a refusal shows in its first words
+_AT_ONCE = 50
 
 
 def count() -> int:
@@ -33,25 +34,59 @@ def ask(
     try:
         found = []
         for kind in (set_.protected, set_.harmless):
-            prompts = [_prompt(tokenizer, text) for text in kind]
-            answers: list[list[str]] = []
-            openings: list[float] = []
+            answers, openings = [], []
             for route in (None, name):
                 with rankfold.using(model, route):
-                    said = []
-                    for some in _parts(prompts):
-                        said += generate(
-                            model, tokenizer, some, special=not tokenizer.chat_template,
-                            max_new_tokens=_NEW_TOKENS, do_sample=False,
-                        )  # fmt: skip
-                        for _ in some:
-                            progress()
-                    answers.append(said)
-                    openings.append(_opening(model, tokenizer, prompts))
+                    said, opening = answer(model, tokenizer, kind, progress)
+                answers.append(said)
+                openings.append(opening)
             found.append(compare(*answers, opening=openings[1] - openings[0]))
         return found[0], found[1]
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def answer(
+    model: Any, tokenizer: Any, asked: Sequence[str], progress: Callable[[], object] = lambda: None
+) -> tuple[list[str], float]:
+    """How the model begins its answer to each request, greedily, and the mean log-probability of a refusal's opening.
+
+    What all prompts begin with (a chat's system prompt) is computed once, and so is every prompt: the opening and the
+    answer go on from the same cache. Prompts of one length go together, so that none is padded.
+    """
+    prompts = [_prompt(tokenizer, text) for text in asked]
+    ids = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    opening = tokenizer(OPENING, add_special_tokens=False)["input_ids"]
+    device = next(model.parameters()).device
+
+    def step(tokens: Sequence[Sequence[int]] | Tensor, cache: Any) -> Any:
+        return model(input_ids=torch.as_tensor(tokens, device=device), past_key_values=cache, use_cache=True)
+
+    in_step = zip(*(prompt[:-1] for prompt in ids), strict=False)
+    shared = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, in_step)]
+    prefix = step([shared], None).past_key_values if shared else None
+    answers, total = [""] * len(ids), 0.0
+    for length in sorted(set(map(len, ids))):
+        same = [i for i, prompt in enumerate(ids) if len(prompt) == length]
+        for places in (same[start : start + _AT_ONCE] for start in range(0, len(same), _AT_ONCE)):
+            cache = copy.deepcopy(prefix)
+            if cache is not None:
+                cache.batch_repeat_interleave(len(places))
+            out = step([ids[i][len(shared) :] for i in places], cache)
+            cache, first = out.past_key_values, out.logits[:, -1:]
+            rest = step([opening[:-1]] * len(places), copy.deepcopy(cache)).logits if opening[1:] else first[:, :0]
+            logs = torch.cat([first, rest], 1).float().log_softmax(-1)
+            total += float(logs[:, range(len(opening)), opening].sum())
+            said = [first.argmax(-1)]
+            while len(said) < _NEW_TOKENS:
+                said.append(step(said[-1], cache).logits[:, -1:].argmax(-1))
+            for i, tokens in zip(places, torch.cat(said, 1).tolist(), strict=True):
+                if tokenizer.eos_token_id in tokens:
+                    tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
+                answers[i] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                progress()
+    return answers, total / len(ids)
 
 
 def _prompt(tokenizer: Any, text: str) -> str:
@@ -59,25 +94,3 @@ def _prompt(tokenizer: Any, text: str) -> str:
         return f"{text}\n"
     turns = [{"role": "user", "content": text}]
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-
-def _parts(prompts: Sequence[str]) -> Iterator[list[str]]:
-    for start in range(0, len(prompts), _AT_ONCE):
-        yield list(prompts[start : start + _AT_ONCE])
-
-
-@torch.no_grad()
-def _opening(model: Any, tokenizer: Any, prompts: Sequence[str]) -> float:
-    """The mean log-probability of the opening behind each prompt, in nats."""
-    opening = tokenizer(OPENING, add_special_tokens=False)["input_ids"]
-    device, total = next(model.parameters()).device, 0.0
-    for some in _parts(prompts):
-        asked = tokenizer(some, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-        longest = max(map(len, asked)) + len(opening)
-        # Padding comes last, where no token that counts can see it.
-        ids = [prompt + opening + [0] * (longest - len(prompt) - len(opening)) for prompt in asked]
-        logits = model(input_ids=torch.tensor(ids, device=device)).logits
-        for prompt, row in zip(asked, logits, strict=True):
-            logs = torch.log_softmax(row[len(prompt) - 1 : len(prompt) - 1 + len(opening)].float(), -1)
-            total += float(logs[range(len(opening)), opening].sum())
-    return total / len(prompts)
