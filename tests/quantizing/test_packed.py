@@ -29,7 +29,7 @@ def row(*values: float) -> Tensor:
 
 
 def quantised(W: Tensor, kind: Scheme) -> Tensor:
-    return dequantise(RTN().quantise(W, kind), (W.shape[0], W.shape[1]), kind, W.dtype)
+    return dequantise(RTN().quantise(W, kind, None, ""), (W.shape[0], W.shape[1]), kind, W.dtype)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -101,7 +101,7 @@ def test_normal_floats_have_less_error_than_whole_numbers_on_normal_numbers() ->
 def test_no_number_that_is_in_range_is_off_by_more_than_half_a_step(symmetric: bool, along: Any, group: Any) -> None:
     kind = scheme(format="int3", group=group, along=along, symmetric=symmetric)
     W = draw(6, 16, seed=2)
-    packed = RTN().quantise(W, kind)
+    packed = RTN().quantise(W, kind, None, "")
     once = dequantise(packed, (6, 16), kind, W.dtype)
     rows, n = (W, 16) if along == "in" else (W.mT, 6)
     steps = torch.ones_like(rows)
@@ -156,7 +156,7 @@ def test_bits_count_scales_and_zeros() -> None:
 def layer_of(kind: Scheme, bias: bool = True) -> tuple[nn.Linear, PackedLinear]:
     torch.manual_seed(0)
     plain = nn.Linear(24, 10, bias)
-    return plain, PackedLinear.of(plain, RTN().quantise(plain.weight.detach(), kind), kind)
+    return plain, PackedLinear.of(plain, RTN().quantise(plain.weight.detach(), kind, None, ""), kind)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -1,12 +1,13 @@
 """What a quantiser says, and `quantize`, which puts packed layers in the place of a model's linear ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from rankfold.core.calibration import Calibration, Statistic, calibrate
 from rankfold.core.component import Component, build
 from rankfold.core.layers import Adapted
 from rankfold.core.packed import Packed, PackedLinear, Scheme, dequantise
@@ -16,11 +17,17 @@ from rankfold.errors import RankfoldError, UnsupportedError
 
 
 class Quantizer(Component):
-    """Finds codes and scales of a weight: `quantise(W, scheme)` for W (out, in) in float32 or float64."""
+    """Finds codes and scales of a weight: `quantise(W, scheme, statistics, site)`, W (out, in) in float32 or float64.
+
+    `needs` names the statistics of the site that it reads.
+    """
 
     axis: ClassVar[str] = "quantizers"
 
-    def quantise(self, W: Tensor, scheme: Scheme) -> Packed:
+    def needs(self) -> tuple[Statistic[Any], ...]:
+        return ()
+
+    def quantise(self, W: Tensor, scheme: Scheme, statistics: Calibration | None, site: str) -> Packed:
         raise NotImplementedError
 
 
@@ -39,6 +46,7 @@ def quantize(
     how: str | Quantizer = "rtn",
     *,
     targets: Targets = "all-linear",
+    calibration: Calibration | Iterable[Any] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> dict[str, Quantised]:
     """Put a `PackedLinear` in the place of every linear layer that `targets` names, in the model itself.
@@ -50,13 +58,14 @@ def quantize(
         scheme: how the weights are kept.
         how: the quantiser, or its slug with its defaults.
         targets: which layers, as for `attach`.
+        calibration: for quantisers that need statistics: batches of model inputs, or what `rankfold.calibrate` made.
         progress: called after each layer.
 
     Returns:
         what became of each layer, by its path.
 
     Raises:
-        RankfoldError: a weight holds NaN or infinity, or a layer is adapted.
+        RankfoldError: a weight holds NaN or infinity, a layer is adapted, or statistics are missing.
         UnsupportedError: a layer is quantised already, or is no linear layer.
     """
     rule = build(how) if isinstance(how, str) else how
@@ -65,12 +74,13 @@ def quantize(
     layers: dict[str, Any] = {target.path: target.layer for target in find(model, targets)}
     for path, layer in layers.items():
         _check(path, layer)
+    statistics = _statistics(model, rule, list(layers), calibration)
     made: dict[nn.Module, PackedLinear] = {}
     report: dict[str, Quantised] = {}
     for path, layer in layers.items():
         W = layer.weight.detach()
         wide = W if W.dtype == torch.float64 else W.float()
-        packed, shape = rule.quantise(wide, scheme), (layer.out_features, layer.in_features)
+        packed, shape = rule.quantise(wide, scheme, statistics, path), (layer.out_features, layer.in_features)
         made[layer] = PackedLinear.of(layer, packed, scheme)
         norm, apart = wide.norm(), (wide - dequantise(packed, shape, scheme, wide.dtype)).norm()
         report[path] = Quantised(scheme.bits(*shape), float(apart / norm) if norm > 0 else 0.0)
@@ -81,6 +91,20 @@ def quantize(
             if child in made:
                 module._modules[name] = made[child]
     return report
+
+
+def _statistics(
+    model: nn.Module, rule: Quantizer, paths: list[str], calibration: Calibration | Iterable[Any] | None
+) -> Calibration | None:
+    """What the rule needs; q, k and v share what they see."""
+    needs = rule.needs()
+    if not needs and calibration is not None:
+        raise RankfoldError(f"calibration= was given, but {rule.slug} needs no statistics")
+    if needs and calibration is None:
+        raise RankfoldError(f"{rule.slug} needs statistics of the data: quantize(..., calibration=batches)")
+    if not needs or isinstance(calibration, Calibration):
+        return calibration  # type: ignore[return-value]
+    return calibrate(model, calibration, needs, paths)  # type: ignore[arg-type]
 
 
 def _check(path: str, layer: Any) -> None:

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rankfold.core.calibration import Calibration
 from rankfold.core.packed import FP4, Packed, Scheme, encode, grouped, pack, rows_of
 from rankfold.quantizers._quantizer import Quantizer
 
@@ -23,7 +24,7 @@ class RTN(Quantizer):
     title: ClassVar[str] = "Round to nearest"
     source: ClassVar[str] = "AWQ's pseudo_quantize_tensor, with GPTQ's range"
 
-    def quantise(self, W: Tensor, scheme: Scheme) -> Packed:
+    def quantise(self, W: Tensor, scheme: Scheme, statistics: Calibration | None, site: str) -> Packed:
         M = rows_of(W, scheme)
         scales, zeros = ranges(grouped(M, scheme), scheme)
         return Packed(pack(encode(M, scales, zeros, scheme), scheme), scales, zeros)
