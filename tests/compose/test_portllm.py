@@ -1,6 +1,7 @@
 """PortLLM: an adapter goes unchanged to an update of its base."""
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import rankfold
 from rankfold import LoRA
 from rankfold.compose.portllm import drift, port, unport
 from rankfold.core.checkpoint import read
+from rankfold.core.weightfiles import WeightFiles
 from rankfold.errors import AdapterFileError, RankfoldError
 from tests.contract.nets import KINDS, Block, Experts
 from tests.contract.nets import TARGETS as SITES
@@ -126,6 +128,25 @@ def test_weights_in_memory_and_in_files_say_the_same(folder: Path, tmp_path: Pat
     rankfold.merge(model, "other")
     with pytest.raises(RankfoldError, match="other merged into its weights: unmerge"):
         port(folder / "adapter", model, tmp_path / "c")
+
+
+def test_one_layer_is_in_memory_at_a_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the new base and of the old one; what the adapter does not sit on is not read."""
+    read_at, alive, most = WeightFiles.read, list[weakref.ref[torch.Tensor]](), 0
+
+    def reading(self: WeightFiles, name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = read_at(self, name)
+        alive.append(weakref.ref(tensor))
+        names.append(name)
+        most = max(most, sum(one() is not None for one in alive))
+        return tensor
+
+    names: list[str] = []
+    monkeypatch.setattr(WeightFiles, "read", reading)
+    port(folder / "adapter", folder / "base1", tmp_path / "a", old=folder / "base0")
+    assert names == [f"{name}.weight" for name in TARGETS for _ in range(2)]
+    assert 1 < most <= 3  # the next one comes in before the last one goes
 
 
 def test_the_order_commutes() -> None:

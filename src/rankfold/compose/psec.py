@@ -155,7 +155,8 @@ def compose(
         )  # fmt: skip
 
     def fill(adapter: Adapter) -> None:
-        for site, delta in adapter.deltas.items():
+        deltas: dict[str, Any] = dict(adapter.deltas)
+        for site, delta in deltas.items():
             there = [pair for pair in pairs[site] if pair is not None]
             for buffer, i, dim in ((delta.Bs, 0, -1), (delta.As, 1, -2)):
                 buffer.copy_(torch.cat([pair[i] for pair in there], dim))

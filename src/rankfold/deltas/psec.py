@@ -74,6 +74,7 @@ class Weights(nn.Module):
     """α (n,), a parameter or fixed; or the layers of the MLP, whose `forward` takes s (rows, width) to α (rows, n)."""
 
     alpha: Tensor
+    layers: Any
 
     def __init__(self, method: PSEC, dtype: torch.dtype, rng: torch.Generator):
         super().__init__()
