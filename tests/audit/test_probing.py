@@ -26,7 +26,7 @@ def test_answers_and_openings_are_those_of_one_prompt_at_a_time(chat: bool) -> N
         if chat:
             turns = [{"role": "user", "content": text}]
             prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        options = {"max_new_tokens": 8, "do_sample": False}
+        options = {"max_new_tokens": 6, "do_sample": False}
         assert generate(model, tokenizer, [prompt], special=not chat, **options) == [found]
         ids, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, OPENING))
         with torch.no_grad():

@@ -12,7 +12,7 @@ import rankfold
 from rankfold.audit.safety import Refusals, compare, probes
 
 OPENING = "I'm sorry"  # whose log-probability tells more than counts do
-_NEW_TOKENS = 8  # a refusal shows in its first words
+_NEW_TOKENS = 6  # every opening that counts as a refusal is shorter
 _AT_ONCE = 50
 
 
