@@ -138,14 +138,14 @@ def combine(
         raise RankfoldError("combine: say the folder for the new adapter")
     sources = [open_source(adapter, model) for adapter in adapters]
     differ = _compared(sources, force)
-    sites = _union(sources)
+    sites = union(sources)
     full = _in_full(sources, sites)
     name = getattr(rule, "slug", "combined")  # a rule that somebody did not register has none
-    seen = rule.survey(lambda: (_pairs(sources, site, progress)[0] for site in sites.values()), weights)
+    seen = rule.survey(lambda: (pairs_at(sources, site, progress)[0] for site in sites.values()), weights)
     report: dict[str, Combined] = {}
     with Result(sources[0], name if to is None else to, name, differ) as result:
         for site in sites.values():
-            pairs, errors = _pairs(sources, site, progress)
+            pairs, errors = pairs_at(sources, site, progress)
             B, A, cut = rule.combine(pairs, weights, rank, site.rng(seed), seen)
             if A.shape[-2] > min(site.out, site.in_):  # more components than it has rank: nothing is lost
                 B, A, _ = truncate(B, A, min(site.out, site.in_))
@@ -181,7 +181,7 @@ def _compared(sources: Sequence[Source], force: bool) -> str | None:
     return "; ".join(dict.fromkeys([*found, *known]))[:2000] or None
 
 
-def _union(sources: Sequence[Source]) -> dict[str, Site]:
+def union(sources: Sequence[Source]) -> dict[str, Site]:
     """The sites that any of them adapts, in the order of the first that does."""
     sites: dict[str, Site] = {}
     for source in sources:
@@ -221,8 +221,8 @@ def _in_full(sources: Sequence[Source], sites: Iterable[str]) -> dict[str, Sourc
     return found
 
 
-def _pairs(
-    sources: Sequence[Source], site: Site, progress: Callable[[], object] | None
+def pairs_at(
+    sources: Sequence[Source], site: Site, progress: Callable[[], object] | None = None
 ) -> tuple[list[Pair], list[float]]:
     """Each source's factors of the site, and with what error they were read."""
     read = [source.pair(site.name) if site.name in source.sites else None for source in sources]

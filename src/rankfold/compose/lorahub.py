@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rankfold
-from rankfold.compose._merge import Merge, Pair, _pairs, combine
+from rankfold.compose._merge import Merge, Pair, combine, pairs_at
 from rankfold.compose._sources import open_source
 from rankfold.compose._units import cut, mixed, widened
 from rankfold.core.adapter import Adapter
@@ -150,7 +150,7 @@ class _Mixture:
             raise
         self._deltas = trial.deltas
         sources = [open_source(adapter, self._model) for adapter in self._library]
-        self._pairs = {name: _pairs(sources, delta.site, None)[0] for name, delta in self._deltas.items()}
+        self._pairs = {name: pairs_at(sources, delta.site)[0] for name, delta in self._deltas.items()}
         return self
 
     def __exit__(self, *_: object) -> None:

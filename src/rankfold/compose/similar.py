@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from rankfold.audit.metrics import overlap
-from rankfold.compose._merge import Pair
-from rankfold.compose._merge import _pairs as read_pairs
-from rankfold.compose._merge import _union as union
+from rankfold.compose._merge import Pair, pairs_at, union
 from rankfold.compose._sources import BaseWeights, Source, open_source
 from rankfold.compose.weight_matching import Svd, aligned
 from rankfold.core.adapter import Adapter
@@ -82,7 +80,7 @@ def similar(a: Adapter | str | Path, b: Adapter | str | Path, *, model: BaseWeig
     layers: dict[str, Alike] = {}
     products = torch.zeros(3, dtype=torch.float64)  # ‖ΔW_a‖², ⟨ΔW_a, ΔW_b⟩, ‖ΔW_b‖² of all layers
     for name, site in union(sources).items():
-        both, errors = read_pairs(sources, site, None)
+        both, errors = pairs_at(sources, site)
         for place, (x, y) in _matrices(name, *both):
             own = torch.stack([_inner(x, x), _inner(x, y), _inner(y, y)]).cpu()
             products += own
