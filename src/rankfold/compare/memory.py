@@ -1,6 +1,8 @@
 """The most memory that a part of a process's work takes."""
 
 import contextlib
+import ctypes
+import gc
 from pathlib import Path
 
 import psutil
@@ -24,6 +26,9 @@ class Gauge:
             torch.cuda.reset_peak_memory_stats()
             self.held = torch.cuda.memory_allocated()
             return
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # what was freed goes back, else it would be used unseen
+            ctypes.CDLL(None).malloc_trim(0)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self.held = psutil.Process().memory_info().rss
