@@ -85,8 +85,9 @@ class CodedFile:
 
     def some(self, handle: BinaryIO, names: Iterable[str]) -> dict[str, Tensor]:
         """A few of them, as `TensorFile.some`. Of the codes a byte a number is kept."""
-        coded = [name for name in names if name in self._places]
-        plain = self._file.some(handle, [name for name in names if name not in self._places])
+        names = set(names)
+        plain = self._file.some(handle, names - self._places.keys())
+        coded = names & self._places.keys()
         if not coded:
             return plain
         data = torch.empty(0, dtype=torch.uint8) if self._readers else self._file.some(handle, [CODED])[CODED]
