@@ -1,6 +1,7 @@
 """The work of one process, done in this one."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,10 @@ def test_a_training_that_diverges_stops(place: Path, tmp_path: Path) -> None:
         _train(tmp_path)
 
 
-def test_a_run_goes_on_from_its_checkpoint(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_run_goes_on_from_its_checkpoint(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
     whole = done(tmp_path / "whole", job(place, "run")).run
     given = job(place, "run")
     prepare(tmp_path / "cut", given)
@@ -93,13 +97,17 @@ def test_a_run_goes_on_from_its_checkpoint(place: Path, tmp_path: Path, monkeypa
             _train(tmp_path / "cut")
     lines = (tmp_path / "cut" / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 4
+    if lost:  # as if it had been killed a moment earlier
+        (tmp_path / "cut" / "seen.json").unlink()
     _train(tmp_path / "cut")
     found = read_outcome(tmp_path / "cut", given)
     assert found is not None
     assert found.run is not None
     assert whole is not None
     assert found.run.after == whole.after
-    assert found.run.missing["step"].startswith("the run was stopped after its last step")
+    peak, _, steps = json.loads((tmp_path / "cut" / "seen.json").read_text())
+    assert (found.peak_memory, found.run.step_seconds) == (peak, statistics.median(steps))
+    assert found.run.missing == {"forgetting": "no general text was given (`text`)"}
 
 
 def _killed(*_: Any) -> None:

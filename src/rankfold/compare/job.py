@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rankfold.compare.result import Part, RunResult, Trial
 from rankfold.core.files import write_whole
 
-JOB, OUTCOME, LOG, RUN = "job.json", "outcome.json", "log.txt", "run"
+JOB, OUTCOME, LOG, RUN, SEEN = "job.json", "outcome.json", "log.txt", "run", "seen.json"
 _LINES = 8  # of a log, in the reason of a failure
 
 

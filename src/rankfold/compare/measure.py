@@ -60,8 +60,6 @@ def measure(job: Job, run: Path, report: Report, curve: tuple[Point, ...], seen:
             except RankfoldError as error:
                 missing[name] = str(error)
     logged = read_metrics(run / "metrics.jsonl")
-    if not seen.steps:
-        missing["step"] = "the run was stopped after its last step, before it was measured"
     return RunResult(
         seed=recipe.seed,
         lr=recipe.optimizer.lr,
@@ -72,7 +70,7 @@ def measure(job: Job, run: Path, report: Report, curve: tuple[Point, ...], seen:
         training=tuple((line["step"], line["loss"]) for line in logged if "loss" in line),
         steps=report.steps,
         seconds=report.seconds,
-        step_seconds=statistics.median(seen.steps) if seen.steps else None,
+        step_seconds=statistics.median(seen.steps),
         parameters=report.parameters,
         file_bytes=sum(file.stat().st_size for file in saved.rglob("*") if file.is_file()),
         peak_memory=seen.peak,

@@ -1,5 +1,6 @@
 """What the process of one run does."""
 
+import json
 import math
 import os
 import shutil
@@ -15,7 +16,7 @@ import torch
 from transformers.trainer_callback import TrainerCallback, TrainerControl
 from transformers.utils import logging
 
-from rankfold.compare.job import JOB, LOG, OUTCOME, RUN, Job, Outcome
+from rankfold.compare.job import JOB, LOG, OUTCOME, RUN, SEEN, Job, Outcome
 from rankfold.compare.memory import Gauge
 from rankfold.compare.result import Point, Trial
 from rankfold.compare.search import is_hopeless
@@ -51,8 +52,11 @@ def _train(folder: Path) -> None:
     torch.set_num_threads(job.threads)
     logging.disable_progress_bar()
     recipe = Recipe.model_validate(job.recipe)
-    watch = Watch(job)
+    watch = Watch(job, folder / SEEN)
     report = train(recipe, folder / RUN, resume=(folder / RUN).exists(), display=watch)
+    if not watch.steps and not watch.remember():  # it was killed just before what it had seen was written
+        shutil.rmtree(folder / RUN)
+        return _train(folder)
     curve = curve_of(folder / RUN)
     if not all(math.isfinite(point.loss) for point in curve):
         raise TrainingStoppedError("the held-out loss is not finite: the learning rate is too high for this")
@@ -100,10 +104,16 @@ class Watch(Display):
     Nothing is shown: a log of phases is all that a person sees of a process among many.
     """
 
-    def __init__(self, job: Job):
-        self.job, self.gauge, self.peak = job, Gauge(), 0
+    def __init__(self, job: Job, file: Path):
+        self.job, self.file, self.gauge, self.peak = job, file, Gauge(), 0
         self.steps: list[float] = []
         self.pruned = False
+
+    def remember(self) -> bool:
+        """Take back what was seen of a training that ended in another process, if that came to write it."""
+        if self.file.exists():
+            self.peak, self.pruned, self.steps = json.loads(self.file.read_text(encoding="utf-8"))
+        return self.file.exists()
 
     @contextmanager
     def phase(self, what: str) -> Iterator[None]:
@@ -116,6 +126,7 @@ class Watch(Display):
     def training(self) -> Iterator[None]:
         yield
         self.peak = self.gauge.peak()
+        write_whole(self.file, json.dumps([self.peak, self.pruned, self.steps]))
 
     def watchers(self, progress: Progress) -> Sequence[TrainerCallback]:
         return [_Steps(self.steps), *([_Pruner(self, progress)] if self.job.kind == "trial" else [])]
