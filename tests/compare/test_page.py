@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rankfold.compare.page import front, page, write_page
+from rankfold.compare.result import Point
 from tests.browser import addresses, look, needs_browser
 from tests.compare.made import comparison, contender, failed, run
 
@@ -98,6 +99,18 @@ def test_without_searches_layers_or_forgetting() -> None:
     assert "Learning-rate searches" not in text
     assert "Size of the change" not in text
     assert "step: one step only" in text
+
+
+def test_accuracies_are_better_when_higher_and_have_their_own_curves() -> None:
+    curve = tuple(Point(step=step, seconds=step, loss=1.0, accuracy=0.5 + step / 100) for step in (0, 10))
+    scores = {"before": {"loss": 2.0, "accuracy": 0.125}, "curve": curve, "layers": ()}
+    some = [contender(name, 0, runs=(run(0, 1, quality=best, **scores),)) for name, best in (("a", 0.6), ("b", 0.7))]
+    text = page(comparison(*some, metric="accuracy", higher_is_better=True))
+    assert text.index(">b<") < text.index(">a<")
+    assert "best accuracy: b" in text
+    assert ">0.1250<" in text
+    assert ">held-out accuracy<" in text
+    assert "better ↖" in text
 
 
 def test_the_front_is_what_nothing_beats() -> None:

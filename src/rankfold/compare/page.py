@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankfold.compare.result import FIGURES, Comparison, Contender, Figure, Point, show_bytes, show_count, show_seconds
+from rankfold.compare.result import FIGURES, Comparison, Contender, Figure, show_bytes, show_count, show_seconds
 from rankfold.compare.table import shown
 from rankfold.core.files import write_whole
 from rankfold.core.page import (
@@ -226,21 +226,26 @@ def _plots(made: Comparison, ran: Sequence[Contender], looks: dict[str, tuple[st
                 values = f"{_shown(contender, FIGURES[key])}, {made.metric} {_shown(contender, _QUALITY)}"
                 tip(drawn, f"{contender.name}: {values}")
                 if i in on_front:
-                    axes.annotate(contender.name, (cost, quality), (7, 6), textcoords="offset points", fontsize=8.5)
+                    side = -1 if cost == max(points)[0] > min(points)[0] else 1  # the dearest has no room to its right
+                    axes.annotate(
+                        contender.name, (cost, quality), (7 * side, 6), textcoords="offset points", fontsize=8.5,
+                        ha="left" if side > 0 else "right",
+                    )  # fmt: skip
             _scale(axes, FIGURES[key], [cost for cost, _ in points])
             axes.set(xlabel=_COSTS[key] or "forgetting, nats a token", ylabel=made.metric)
             axes.margins(0.14, 0.16)
-            side = "better ↖" if made.higher_is_better else "better ↙"
-            axes.set_title(side, loc="right", fontsize=8.5, color=SOFT, fontweight="normal")
+            better = "better ↖" if made.higher_is_better else "better ↙"
+            axes.set_title(better, loc="right", fontsize=8.5, color=SOFT, fontweight="normal")
         for axes in every[len(costs) :]:
             axes.set_visible(False)
         _legend(into, ran, looks)
 
     def curves(into: Any) -> None:
         left, right = into.subplots(1, 2, sharey=True)
+        measure = _measure(made, ran)
         for contender in ran:
             colour, marker = looks[contender.name]
-            band = _band(contender, made.metric)
+            band = _band(contender, measure)
             steps, seconds = [at for at, *_ in band], [time for _, time, *_ in band]
             for axes, x in ((left, steps), (right, seconds)):
                 low, high = ([mean + sign * s for _, _, mean, s in band] for sign in (-1, 1))
@@ -248,7 +253,7 @@ def _plots(made: Comparison, ran: Sequence[Contender], looks: dict[str, tuple[st
                     axes.fill_between(x, low, high, color=colour, alpha=0.16, lw=0)
                 means = [mean for _, _, mean, _ in band]
                 tip(axes.plot(x, means, color=colour, marker=marker, ms=4, lw=1.8)[0], contender.name)
-        left.set(xlabel="optimiser step", ylabel=f"held-out {_curve_of(ran, made.metric)}")
+        left.set(xlabel="optimiser step", ylabel=f"held-out {measure}")
         right.set(xlabel="seconds of training")
         _legend(into, ran, looks)
 
@@ -317,24 +322,19 @@ def _scale(axes: Any, of: Figure, costs: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: of.show(value)))
 
 
-def _value(point: Point, metric: str) -> float:
-    return point.accuracy if metric == "accuracy" and point.accuracy is not None else point.loss
-
-
-def _curve_of(ran: Sequence[Contender], metric: str) -> str:
-    """What the curves show: accuracy where that is measured along the way, else the loss."""
+def _measure(made: Comparison, ran: Sequence[Contender]) -> str:
+    """What the curves show: accuracy where it is compared and was measured along the way, else the loss."""
     points = [point for contender in ran for run in contender.runs for point in run.curve]
-    return "accuracy" if metric == "accuracy" and all(p.accuracy is not None for p in points) else "loss"
+    return "accuracy" if made.higher_is_better and all(p.accuracy is not None for p in points) else "loss"
 
 
-def _band(contender: Contender, metric: str) -> list[tuple[int, float, float, float]]:
+def _band(contender: Contender, measure: str) -> list[tuple[int, float, float, float]]:
     """(step, mean seconds, mean, standard deviation) at the steps where every run was measured."""
-    measure = _curve_of([contender], metric)
     by_step = [{point.step: point for point in run.curve} for run in contender.runs]
     shared = sorted(set.intersection(*(set(points) for points in by_step)))
     band = []
     for step in shared:
-        values = [_value(points[step], measure) for points in by_step]
+        values = [getattr(points[step], measure) for points in by_step]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         seconds = statistics.fmean(points[step].seconds for points in by_step)
         band.append((step, seconds, statistics.fmean(values), spread))
@@ -362,6 +362,8 @@ def _searches(made: Comparison, looks: dict[str, tuple[str, str]]) -> list[str]:
         return []
 
     def draw(into: Any) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator
+
         axes = into.add_subplot()
         for contender in searched:
             colour, marker = looks[contender.name]
@@ -372,7 +374,11 @@ def _searches(made: Comparison, looks: dict[str, tuple[str, str]]) -> list[str]:
                 axes.plot(lr, loss, color=colour, marker=marker, ms=6, mfc="none", ls="none")
             if chosen := [point for point in done if point[0] == contender.lr]:
                 axes.plot(*chosen[0], color=colour, marker="o", ms=14, mfc="none", mew=1.6, ls="none")
-        axes.set(xscale="log", xlabel="learning rate", ylabel="loss on validation rows")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.minorticks_off()
+        axes.set(xlabel="learning rate", ylabel="loss on validation rows")
         _legend(into, searched, looks)
 
     head = [(name, "") for name in ("method", "trial", "learning rate", "state", "validation loss", "why")]
@@ -408,7 +414,7 @@ def _runs(made: Comparison, looks: dict[str, tuple[str, str]]) -> list[str]:
     for contender in made.contenders:
         for run in contender.runs:
             f, step = run.forgetting, run.step_seconds
-            base = run.before.get(made.metric)
+            base = run.before.get("accuracy" if made.higher_is_better else "loss")
             rows.append([
                 _name(contender, looks),
                 Cell(str(run.seed), run.seed),
@@ -433,7 +439,7 @@ def _how(made: Comparison) -> list[str]:
         [
             _name(contender, looks),
             Cell("one size only" if size.field is None else f"{size.field} = {size.value:g}"),
-            Cell(f"{size.parameters:,}", size.parameters),
+            Cell(f"{size.parameters:,}", size.parameters, level="WARN" if size.parameters > size.budget else ""),
             Cell(f"{size.budget:,}", size.budget),
         ]
         for looks in [_looks(made)]

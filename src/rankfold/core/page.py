@@ -82,6 +82,7 @@ table { border-collapse: separate; border-spacing: 0; width: 100%%; font-size: .
 th, td { text-align: right; padding: .36rem .62rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 td { border-top: 1px solid var(--line); } tbody tr:hover td { background: var(--panel); }
 th { position: sticky; top: 0; background: var(--panel); font-weight: 600; z-index: 1; }
+th { white-space: normal; vertical-align: bottom; line-height: 1.3; }
 th.words, td.words { text-align: left; white-space: normal; } td:has(.dot) { white-space: nowrap !important; }
 td small { display: block; color: var(--soft); line-height: 1.2; }
 details { margin: .8rem 0; } summary { cursor: pointer; }
