@@ -188,3 +188,29 @@ def test_what_a_recipe_may_not_ask(base: Path, text: Path, tmp_path: Path) -> No
         recipe = read_recipe(reading(tmp_path, base, text, **changes), schema=GeneratorRecipe)
         with pytest.raises(rankfold.RankfoldError, match=message):
             train_generator(recipe, tmp_path / "out")
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "generators"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_example_recipes_are_valid(path: Path) -> None:
+    assert read_recipe(path, schema=GeneratorRecipe).generator.name in ("generative-adapter", "icm-lora")
+
+
+@pytest.mark.slow
+def test_a_real_model_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SmolLM2: the loss on completion and reconstruction falls, and the adapter it makes of a text loads."""
+    from tests.assets import smollm2
+
+    smollm2()
+    made, context = tmp_path / "reader", tmp_path / "context.txt"
+    few = ["--set", "data.held_out.limit=8", "--set", "budget.steps=8", "--set", "evaluate.steps=8"]
+    assert run("train-generator", str(EXAMPLES / "reader.yaml"), "--output", str(made), *few, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["after"] < report["before"] - 0.02
+    context.write_text("Tom has 3 apples and buys 4 more. Now he has 3 + 4 = <<3+4=7>>7 apples.\n#### 7\n" * 4)
+    out = tmp_path / "adapter"
+    assert run("generate-adapter", "--generator", str(made), "--context", str(context), "--output", str(out)) == 0
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
+    assert len(rankfold.load(model, out).deltas) == 30

@@ -133,11 +133,11 @@ class FastWeights(Generator):
         """
         b, n, _ = ids.shape
         read = sees.any(0)
-        distinct, which = sees[:, read].unique(dim=0, return_inverse=True)
+        distinct, which = sees.unique(dim=0, return_inverse=True)
 
         def states(number: int, H: Tensor) -> Tensor:
             own = self.each[number].state(H.unflatten(0, (b, n))[:, read], mask[:, read])
-            seen = torch.einsum("ji,biac->bjac", distinct.to(own.dtype), own)
+            seen = torch.einsum("ji,biac->bjac", distinct[:, read].to(own.dtype), own)
             return self.config.normalise(seen, self.training)[:, which].flatten(0, 1)
 
         with self.under(model, states):

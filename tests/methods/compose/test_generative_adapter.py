@@ -119,7 +119,7 @@ def test_start_and_size() -> None:
     fast = FastWeight(config, 80, 300, 200)
     fast.start(torch.Generator().manual_seed(0))
     for A, fan_in in ((fast.A1, 300), (fast.A2, 200), (fast.A3, 200)):
-        assert float(A.std()) == pytest.approx((1 / 3 / fan_in) ** 0.5, rel=0.02)
+        assert A.std().item() == pytest.approx((1 / 3 / fan_in) ** 0.5, rel=0.02)
     assert sum(p.numel() for p in fast.parameters()) == 48 * (300 + 200) + 64 * (200 + 80) + 200
     assert fast.scale == 1
     model, generator = made(trained=False)
@@ -127,6 +127,8 @@ def test_start_and_size() -> None:
     mask = torch.ones_like(rows)
     out = generator(model, rows, mask, torch.ones(3, 3).tril(-1).bool())
     assert torch.equal(out[0], model(input_ids=rows[0]).logits)
+    alone = made()[1](model, rows, mask, torch.zeros(3, 3, dtype=torch.bool))  # nobody sees anybody
+    assert torch.equal(alone, out)
 
 
 def test_who_sees_whom() -> None:

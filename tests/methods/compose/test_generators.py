@@ -73,7 +73,7 @@ def test_not_saved_whole_or_over_a_file(tmp_path: Path) -> None:
     save_generator(generator, tmp_path / "made")
     before = (tmp_path / "made" / TENSORS).read_bytes()
     generator.each[0].B.data[0, 0] = torch.nan
-    with pytest.raises(RankfoldError, match="is not saved: .*NaN"):
+    with pytest.raises(RankfoldError, match=r"is not saved: .*NaN"):
         save_generator(generator, tmp_path / "made")
     assert (tmp_path / "made" / TENSORS).read_bytes() == before
     with pytest.raises(RankfoldError, match="is a file"):
