@@ -153,6 +153,9 @@ def test_a_run_over_the_memory_is_done_again_in_smaller_parts(values: dict[str, 
     (state,) = go(make_plan(values), tmp_path, done).states
     assert [(job.kind, job.recipe["batch"]["size"]) for job in done.jobs] == [("probe", 4), ("run", 4), ("run", 2)]
     assert state.runs[0].micro_batch == 2
+    again = Answering(well)
+    assert go(make_plan(values), tmp_path, again).states[0].runs == state.runs
+    assert again.jobs == []
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,11 @@ from rankfold.train.recipe import FULL, Recipe
 
 
 class _JobFailedError(Exception):
-    """A process ended without what it was for; the message are the last lines it said."""
+    """A process ended without what it was for; the message are the last lines it said. `stepped`: not at once."""
+
+    def __init__(self, reason: str, stepped: bool = False):
+        super().__init__(reason)
+        self.stepped = stepped
 
 
 @dataclass
@@ -154,7 +158,7 @@ class Contest:
             try:
                 trial = (await self._do(state, f"trial-{number}", job)).trial
             except _JobFailedError as error:
-                if not has_stepped(self._folder(state, f"trial-{number}")):  # no other rate would help
+                if not error.stepped:  # no other rate would help
                     raise
                 trial = Trial(number=number, lr=lr, state="failed", loss=None, curve=(), reason=str(error))
             if trial is not None:
@@ -183,9 +187,10 @@ class Contest:
     async def _do(self, state: State, name: str, job: Callable[[], Job]) -> Outcome:
         """The outcome of a job, from an earlier time or from a process. One that needs more memory than the budget has
         is done again with its batches cut into smaller parts."""
-        folder, limit = self._folder(state, name), self.plan.budget.memory
+        limit = self.plan.budget.memory
         while True:
             at, wanted = state.recipe.batch.size, job()
+            folder = self._folder(state, name if limit is None else f"{name}-by-{at}")
             found = read_outcome(folder, wanted)
             if found is None:
                 prepare(folder, wanted)
@@ -196,7 +201,8 @@ class Contest:
                     state.folders.remove(folder)
                 found = read_outcome(folder, wanted)
             if found is None or found.failure is not None:
-                raise _JobFailedError(last_lines(folder) if found is None else found.failure)
+                reason = last_lines(folder) if found is None else found.failure
+                raise _JobFailedError(reason or "its process ended without a word", has_stepped(folder))
             if limit is None or found.peak_memory <= limit:
                 return found
             if at == 1:
