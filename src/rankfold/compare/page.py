@@ -226,11 +226,13 @@ def _plots(made: Comparison, ran: Sequence[Contender], looks: dict[str, tuple[st
                 values = f"{_shown(contender, FIGURES[key])}, {made.metric} {_shown(contender, _QUALITY)}"
                 tip(drawn, f"{contender.name}: {values}")
                 if i in on_front:
-                    side = -1 if cost == max(points)[0] > min(points)[0] else 1  # the dearest has no room to its right
+                    # The dearest has no room to its right, and the side towards the better is always free.
+                    dearest = cost == max(points)[0] > min(points)[0]
+                    at = (-8, 6 if made.higher_is_better else -13) if dearest else (7, 6)
+                    side = "right" if dearest else "left"
                     axes.annotate(
-                        contender.name, (cost, quality), (7 * side, 6), textcoords="offset points", fontsize=8.5,
-                        ha="left" if side > 0 else "right",
-                    )  # fmt: skip
+                        contender.name, (cost, quality), at, textcoords="offset points", fontsize=8.5, ha=side
+                    )
             _scale(axes, FIGURES[key], [cost for cost, _ in points])
             axes.set(xlabel=_COSTS[key] or "forgetting, nats a token", ylabel=made.metric)
             axes.margins(0.14, 0.16)
