@@ -17,6 +17,7 @@ _HEADS = {"lm_head", "embed_out", "head", "classifier", "score", "qa_outputs", "
 _ATTENTION = re.compile(
     r"(^|[._])(self_?attn|attn|attention|selfattention|encdecattention|crossattention)([._]|$)", re.IGNORECASE
 )
+_LAYER = re.compile(r"^(?:(?:deltas|modules)\.(?=.))?((?:.*?\.)??\d+)\.")
 
 
 class Target:
@@ -137,6 +138,12 @@ def _all_linear(model: Any, everything: Everything) -> set[str]:
         and module is not output
         and (name.startswith(within) if within is not None else name.rsplit(".", 1)[-1] not in _HEADS)
     }
+
+
+def layer_of(name: str) -> str | None:
+    """The repeated layer that a parameter of this name is in, a path's beginning up to the first number; or None."""
+    found = _LAYER.match(name)
+    return found[1] if found else None
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module | None:

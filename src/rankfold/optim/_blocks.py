@@ -1,7 +1,6 @@
 """Block scheduling: of the layers of a model, or of an adapter, some are awake and trained, the others asleep."""
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,9 +9,8 @@ from pydantic import Field, PrivateAttr
 from torch import nn
 
 from rankfold.core import Callback
+from rankfold.core.targets import layer_of
 from rankfold.errors import RankfoldError
-
-_LAYER = re.compile(r"^(?:(?:deltas|modules)\.(?=.))?((?:.*?\.)??\d+)\.")
 
 
 def blocks_of(named: Iterable[tuple[str, nn.Parameter]]) -> tuple[dict[str, list[nn.Parameter]], list[nn.Parameter]]:
@@ -26,12 +24,6 @@ def blocks_of(named: Iterable[tuple[str, nn.Parameter]]) -> tuple[dict[str, list
         layer = layer_of(name)
         (outside if layer is None else blocks.setdefault(layer, [])).append(parameter)
     return blocks, outside
-
-
-def layer_of(name: str) -> str | None:
-    """The layer that a parameter of this name is in, or None."""
-    found = _LAYER.match(name)
-    return found[1] if found else None
 
 
 class BlockSchedule(Callback):

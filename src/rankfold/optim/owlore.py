@@ -13,9 +13,8 @@ from rankfold.core.calibration import Calibration, InputSecondMoment, calibrate
 from rankfold.core.delta import Site
 from rankfold.core.layers import as_matrix
 from rankfold.core.quantized import dense
-from rankfold.core.targets import all_linear, find
+from rankfold.core.targets import all_linear, find, layer_of
 from rankfold.errors import RankfoldError
-from rankfold.optim._blocks import layer_of
 from rankfold.optim.lisa import LISA
 
 

@@ -1,16 +1,20 @@
-"""What a quantiser says, and `quantize`, which puts packed layers in the place of a model's linear ones."""
+"""What quantisers and compensations say, and `quantize`, which puts packed layers in the place of linear ones."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.core.calibration import Calibration, Statistic, calibrate
+from rankfold.core.attach import attach
+from rankfold.core.calibration import Calibration, Statistic
+from rankfold.core.calibration.blocks import by_block
 from rankfold.core.component import Component, build
 from rankfold.core.layers import Adapted
-from rankfold.core.packed import Packed, PackedLinear, Scheme, dequantise
+from rankfold.core.linalg import svd
+from rankfold.core.packed import Packed, PackedLinear, Scheme
 from rankfold.core.quantized import is_plain
 from rankfold.core.targets import Targets, find
 from rankfold.errors import RankfoldError, UnsupportedError
@@ -31,15 +35,41 @@ class Quantizer(Component):
         raise NotImplementedError
 
 
+class Compensation(Component):
+    """Makes good with a product B A of rank r what quantising took: `factors(E, statistics, site)` for E = W − Ŵ."""
+
+    axis: ClassVar[str] = "quantizers"
+
+    rank: int
+
+    def needs(self) -> tuple[Statistic[Any], ...]:
+        return ()
+
+    def factors(self, E: Tensor, statistics: Calibration | None, site: str) -> tuple[Tensor, Tensor]:
+        """B (out, r) and A (r, in)."""
+        raise NotImplementedError
+
+
+def whitened(E: Tensor, rank: int, S: Tensor | None = None, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """B and A of that rank with the least `‖(E − B A) S‖`, S (in, in) with its inverse; without S, `‖E − B A‖`."""
+    U, sigma, Vh = svd(E if S is None else E @ S, rank)
+    root = sigma.sqrt()
+    A = root[:, None] * Vh
+    return U * root, A if inverse is None else A @ inverse
+
+
 @dataclass(frozen=True)
 class Quantised:
-    """What became of a layer: bits a number, everything counted, and `‖W − Ŵ‖ / ‖W‖` (Frobenius)."""
+    """What became of a layer: bits a number, everything counted, and `‖W − Ŵ‖ / ‖W‖` (Frobenius).
+
+    With a compensation `left` is `‖W − Ŵ − B A‖ / ‖W‖`, else None.
+    """
 
     bits: float
     error: float
+    left: float | None
 
 
-@torch.no_grad()
 def quantize(
     model: nn.Module,
     scheme: Scheme,
@@ -47,19 +77,25 @@ def quantize(
     *,
     targets: Targets = "all-linear",
     calibration: Calibration | Iterable[Any] | None = None,
-    progress: Callable[[], object] | None = None,
+    compensate: str | Compensation | None = None,
+    name: str = "compensation",
+    progress: Callable[[str], object] | None = None,
 ) -> dict[str, Quantised]:
     """Put a `PackedLinear` in the place of every linear layer that `targets` names, in the model itself.
 
-    All weights are packed before the first layer is exchanged, so that an error leaves the model as it was.
+    With batches for calibration blocks are done in turn, each on what the quantised and compensated ones before it
+    give. Whatever goes wrong, and Ctrl-C, leaves the model as it was.
 
     Args:
         model: with float weights there; without adapters.
         scheme: how the weights are kept.
         how: the quantiser, or its slug with its defaults.
         targets: which layers, as for `attach`.
-        calibration: for quantisers that need statistics: batches of model inputs, or what `rankfold.calibrate` made.
-        progress: called after each layer.
+        calibration: where statistics are needed: batches of model inputs, or what `rankfold.calibrate` made of the
+            float model, for all layers.
+        compensate: "lorc", "eora", or one of another rank: its products become a LoRA on the model, active.
+        name: of that adapter.
+        progress: called after each layer, with its path.
 
     Returns:
         what became of each layer, by its path.
@@ -68,43 +104,39 @@ def quantize(
         RankfoldError: a weight holds NaN or infinity, a layer is adapted, or statistics are missing.
         UnsupportedError: a layer is quantised already, or is no linear layer.
     """
-    rule = build(how) if isinstance(how, str) else how
-    if not isinstance(rule, Quantizer):
-        raise RankfoldError(f"{how!r} quantises nothing; see `rankfold methods --axis quantizers`")
+    rule = _built(how, Quantizer, "quantises")
+    repair = None if compensate is None else _built(compensate, Compensation, "compensates")
     layers: dict[str, Any] = {target.path: target.layer for target in find(model, targets)}
     for path, layer in layers.items():
         _check(path, layer)
-    statistics = _statistics(model, rule, list(layers), calibration)
-    made: dict[nn.Module, PackedLinear] = {}
     report: dict[str, Quantised] = {}
-    for path, layer in layers.items():
-        W = layer.weight.detach()
-        wide = W if W.dtype == torch.float64 else W.float()
-        packed, shape = rule.quantise(wide, scheme, statistics, path), (layer.out_features, layer.in_features)
-        made[layer] = PackedLinear.of(layer, packed, scheme)
-        norm, apart = wide.norm(), (wide - dequantise(packed, shape, scheme, wide.dtype)).norm()
-        report[path] = Quantised(scheme.bits(*shape), float(apart / norm) if norm > 0 else 0.0)
-        if progress is not None:
-            progress()
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child in made:
-                module._modules[name] = made[child]
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad(), _as_it_was(model) as exchange:
+        for names, statistics in _statistics(model, rule, repair, list(layers), calibration):
+            for site, path in names.items():
+                layer = layers[path]
+                W = layer.weight.detach()
+                W = W if W.dtype == torch.float64 else W.float()
+                packed = PackedLinear.of(layer, rule.quantise(W, scheme, statistics, site), scheme)
+                E = W - packed.dequantise(W.dtype)
+                left, norm = None, max(float(W.norm()), torch.finfo(W.dtype).tiny)
+                if repair is not None:
+                    B, A = pairs[path] = repair.factors(E, statistics, site)
+                    left = float((E - B @ A).norm()) / norm
+                exchange(layer, packed, pairs.get(path))
+                report[path] = Quantised(scheme.bits(*W.shape), float(E.norm()) / norm, left)
+                if progress is not None:
+                    progress(path)
+    if repair is not None:
+        _attach(model, pairs, name)
     return report
 
 
-def _statistics(
-    model: nn.Module, rule: Quantizer, paths: list[str], calibration: Calibration | Iterable[Any] | None
-) -> Calibration | None:
-    """What the rule needs; q, k and v share what they see."""
-    needs = rule.needs()
-    if not needs and calibration is not None:
-        raise RankfoldError(f"calibration= was given, but {rule.slug} needs no statistics")
-    if needs and calibration is None:
-        raise RankfoldError(f"{rule.slug} needs statistics of the data: quantize(..., calibration=batches)")
-    if not needs or isinstance(calibration, Calibration):
-        return calibration  # type: ignore[return-value]
-    return calibrate(model, calibration, needs, paths)  # type: ignore[arg-type]
+def _built(given: Any, kind: type[Any], does: str) -> Any:
+    made = build(given) if isinstance(given, str) else given
+    if not isinstance(made, kind):
+        raise RankfoldError(f"{given!r} {does} nothing; see `rankfold methods --axis quantizers`")
+    return made
 
 
 def _check(path: str, layer: Any) -> None:
@@ -118,3 +150,68 @@ def _check(path: str, layer: Any) -> None:
         raise RankfoldError(f"{path} has no numbers (it is on the meta device): load its weights first")
     if not bool(layer.weight.isfinite().all()):
         raise RankfoldError(f"the weight of {path} holds NaN or infinity: no scale fits it")
+
+
+def _statistics(
+    model: nn.Module,
+    rule: Quantizer,
+    repair: Compensation | None,
+    paths: list[str],
+    calibration: Calibration | Iterable[Any] | None,
+) -> Iterator[tuple[dict[str, str], Calibration | None]]:
+    """Groups of layers, by their names in the statistics that both read."""
+    needs = (*rule.needs(), *(() if repair is None else repair.needs()))
+    who = rule.slug if rule.needs() or repair is None else repair.slug
+    if not needs and calibration is not None:
+        raise RankfoldError(f"calibration= was given, but {who} needs no statistics")
+    if needs and calibration is None:
+        raise RankfoldError(f"{who} needs statistics of the data: quantize(..., calibration=batches)")
+    if calibration is None or isinstance(calibration, Calibration):
+        return iter([({path: path for path in paths}, calibration)])
+    return by_block(model, calibration, needs, paths)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[Callable[..., None]]:
+    """A function that exchanges a layer, wherever it is; an error puts all of them back.
+
+    While it lasts an exchanged layer's product with its compensation is added to what it gives.
+    """
+    places: list[tuple[nn.Module, str, nn.Module]] = []
+    hooks: list[Any] = []
+
+    def exchange(old: nn.Module, new: nn.Module, pair: tuple[Tensor, Tensor] | None) -> None:
+        for module in model.modules():
+            for name, child in module._modules.items():
+                if child is old:
+                    module._modules[name] = new
+                    places.append((module, name, old))
+        if pair is not None:
+            B, A = pair
+            add = lambda _, args, y: y + (args[0] @ A.mT.to(y.dtype)) @ B.mT.to(y.dtype)  # noqa: E731
+            hooks.append(new.register_forward_hook(add))
+
+    try:
+        yield exchange
+    except BaseException:
+        for module, name, old in places:
+            module._modules[name] = old
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _attach(model: nn.Module, pairs: dict[str, tuple[Tensor, Tensor]], name: str) -> None:
+    """A LoRA of those products, of scale 1."""
+    from rankfold.deltas.lora import LoRA
+
+    ranks = {path: A.shape[0] for path, (_, A) in pairs.items()}
+    widest = max(ranks.values())
+    overrides = {path: {"rank": r, "alpha": r} for path, r in ranks.items() if r != widest}
+    adapter = attach(
+        model, LoRA(rank=widest, alpha=widest), lambda path, _: path in pairs, name, overrides=overrides or None
+    )
+    with torch.no_grad():
+        for path, (B, A) in pairs.items():
+            adapter.deltas[path].set_start(B, A)

@@ -12,8 +12,8 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from rankfold.core.sparse import forget
+from rankfold.core.targets import layer_of
 from rankfold.errors import RankfoldError
-from rankfold.optim._blocks import layer_of
 from rankfold.ranks._plan import RankPlan, part
 
 

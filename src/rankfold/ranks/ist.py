@@ -11,8 +11,9 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from rankfold.core import Delta
+from rankfold.core.targets import layer_of
 from rankfold.errors import RankfoldError
-from rankfold.optim._blocks import BlockSchedule, layer_of
+from rankfold.optim._blocks import BlockSchedule
 
 _TRIES = 100  # draws for a set of layers that is not there yet, where few are likely
 

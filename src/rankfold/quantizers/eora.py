@@ -1,0 +1,50 @@
+"""EoRA: Training-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation. Liu et al. 2024, arXiv
+2410.21271."""
+
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rankfold.core.calibration import Calibration, InputCovariance, Statistic
+from rankfold.errors import RankfoldError
+from rankfold.quantizers._quantizer import Compensation, whitened
+
+
+class EoRA(Compensation):
+    """LoRC in the eigenspace of the inputs: the product of rank r that makes the error of this layer's output least.
+
+        C = XᵀX = Q diag(λ) Qᵀ,  S = Q diag(√λ),  (W − Ŵ) S = U diag(σ) Vᵀ
+        B = U_r diag(σ_r)^½,  A = diag(σ_r)^½ V_rᵀ S⁻¹
+
+    Then `‖X (W − Ŵ − B A)ᵀ‖² = Σ_{i>r} σ_i²`. Eigenvalues that are not positive are set to the smallest positive one;
+    published code leaves an exact 0, and divides by it. Its C forgets earlier samples, since it multiplies the sum by
+    n/(n+1) for each; here every token counts alike, as in the paper. There X is that of the float block.
+    """
+
+    slug: ClassVar[str] = "eora"
+    title: ClassVar[str] = "EoRA: Training-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation"
+    source: ClassVar[str] = "arXiv 2410.21271"
+
+    rank: Annotated[int, Field(ge=1, description="r")] = 128
+
+    def needs(self) -> tuple[Statistic[Any], ...]:
+        return (InputCovariance(),)
+
+    def factors(self, E: Tensor, statistics: Calibration | None, site: str) -> tuple[Tensor, Tensor]:
+        assert statistics is not None  # quantize collects what `needs` names
+        C = statistics.get(InputCovariance(), site)
+        if not C.any():
+            raise RankfoldError(f"eora: all inputs of {site} are zero in the calibration data")
+        return eigenspace(E, C.to(E), self.rank)
+
+
+def eigenspace(E: Tensor, C: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B (out, r) and A (r, in) for the error E (out, in) and the second moment C (in, in) of the inputs."""
+    values, Q = torch.linalg.eigh(C.double())
+    least = values.amax() * len(values) * torch.finfo(C.dtype).eps  # below that they are rounding
+    values = torch.where(values > least, values, values[values > least].amin())
+    root = values.sqrt()
+    B, A = whitened(E.double(), rank, Q * root, (Q / root).mT)
+    return B.to(E.dtype), A.to(E.dtype)
