@@ -21,4 +21,5 @@ run(
         Expect("mean of products", "mean of factors", LOST),
     ],
     how=several,
+    note="The two texts share one model of bytes: unlike disjoint tasks, one adapter is in the way of the other.",
 )
