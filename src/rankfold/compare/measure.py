@@ -28,7 +28,7 @@ from rankfold.train.rows import read_rows
 from rankfold.train.watch import read_metrics
 
 _REPEATS = 9  # forward passes whose median counts
-_BLOCKS = 64  # of general text
+_BLOCKS = 24  # of general text: some 3,000 tokens, twice through the model in every run
 
 
 class Watched(Protocol):
