@@ -66,8 +66,7 @@ class GenerativeAdapter(Component):
                     f"generative-adapter: rank {self.rank} is over the size of {site.name}, {site.out}×{site.in_}"
                 )
         lora = LoRA(rank=self.rank, alpha=self.alpha)
-        shapes = {site.name: (site.out, site.in_) for site in sites}
-        return FastWeights(self, About.of(self, model, dict.fromkeys(shapes, lora), shapes, []))
+        return FastWeights(self, About.of(self, model, {site.name: lora for site in sites}, []))
 
     def normalise(self, S: Tensor, training: bool = False) -> Tensor:
         """S̃ of states S (..., R1, R2)."""

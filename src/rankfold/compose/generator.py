@@ -22,7 +22,7 @@ from rankfold.core.checkpoint import _check_base, _component
 from rankfold.core.component import Component
 from rankfold.core.document import Base, Described, SiteRecord, as_text
 from rankfold.core.files import adapter_folder, open_inside, parse_json, write_whole
-from rankfold.core.targets import inside_adapter, submodule
+from rankfold.core.targets import inside_adapter, site_at
 from rankfold.core.tensorfile import TensorFile, apart, digest
 from rankfold.errors import AdapterFileError, RankfoldError
 
@@ -47,18 +47,21 @@ class About(BaseModel):
     tasks: list[str]
 
     @classmethod
-    def of(
-        cls, config: Component, model: Any, methods: Mapping[str, Component], shapes: Mapping[str, tuple[int, int]],
-        tasks: list[str],
-    ) -> "About":  # fmt: skip
-        """Of layers of the model at hand, with `methods` the LoRA and `shapes` the (out, in) of each."""
+    def of(cls, config: Component, model: Any, methods: Mapping[str, Component], tasks: list[str]) -> "About":
+        """Of layers of the model at hand, with `methods` the LoRA of each."""
+        found = {name: site_at(model, name) for name in methods}
+        if missing := [name for name, target in found.items() if target is None or target.site.batch]:
+            raise RankfoldError(
+                f"{config.slug} adapts single matrices, and this {type(model).__name__} has none at {missing[0]}: load "
+                "the model that it is for"
+            )
+        sites = [target.site for target in found.values() if target is not None]
         records = {
-            site: SiteRecord(kind="linear", shape=list(shapes[site]), dtype="float32", method=method.describe())
-            for site, method in methods.items()
+            site.name: SiteRecord(
+                kind=site.kind, shape=[site.out, site.in_], dtype="float32", method=methods[site.name].describe()
+            )
+            for site in sites
         }
-        from rankfold.core.targets import find
-
-        sites = [target.site for target in find(model, list(records))]
         base = Base.model_validate(fingerprint.fingerprint(model, sites, {}))
         return cls(generator=config.describe(), sites=records, base=base, width=hidden_width(model), tasks=tasks)
 
@@ -118,7 +121,7 @@ def attach_products(generator: Generator, model: nn.Module, pairs: Pairs, name: 
     methods = {site: lora_of(record, site, site) for site, record in generator.about.sites.items()}
     widest = max(methods.values(), key=lambda method: method.rank)
     own = {site: method.model_dump() for site, method in methods.items() if method != widest}
-    adapter = attach(model, widest, list(methods), name, overrides=own)
+    adapter = attach(model, widest, lambda path, _: path in methods, name, overrides=own)
     for site, (B, A) in pairs.items():
         adapter.deltas[site].set_start(B, A)
     return adapter
@@ -126,20 +129,15 @@ def attach_products(generator: Generator, model: nn.Module, pairs: Pairs, name: 
 
 def check_base(generator: Generator, model: nn.Module, strict: bool = True) -> None:
     """Raise AdapterFileError where the model lacks the generator's layers, or has another model's weights."""
-    what = "the generator"
-    for site, record in generator.about.sites.items():
-        layer: Any = submodule(model, site)
-        if tuple(getattr(getattr(layer, "weight", None), "shape", ())) not in {
-            tuple(record.shape),
-            tuple(record.shape)[::-1],
-        }:
+    what, sites = "the generator", []
+    for name, record in generator.about.sites.items():
+        target = site_at(model, name)
+        if target is None or [target.site.out, target.site.in_] != record.shape:
             raise AdapterFileError(
-                f"{what} makes adapters for {site!r} ({'×'.join(map(str, record.shape))}) of {generator.base}, and "
+                f"{what} makes adapters for {name!r} ({'×'.join(map(str, record.shape))}) of {generator.base}, and "
                 f"this {type(model).__name__} has no such layer: load the model it was trained for"
             )
-    from rankfold.core.targets import find
-
-    sites = [target.site for target in find(model, list(generator.about.sites))]
+        sites.append(target.site)
     _check_base(model, generator.about, sites, {}, strict, what)  # type: ignore[arg-type]  # it reads the base alone
 
 

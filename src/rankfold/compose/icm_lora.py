@@ -54,9 +54,8 @@ class ICMLoRA(Component):
         from rankfold.deltas.lora import LoRA
 
         layout = Layout.of(next(iter(zoo.values()))[0])
-        shapes = {site: (B[0], A[1]) for site, (B, A) in layout.shapes.items()}
         methods = {site: LoRA(rank=A[0]) for site, (_, A) in layout.shapes.items()}
-        vae = ConditionalVAE(self, About.of(self, model, methods, shapes, list(zoo)))
+        vae = ConditionalVAE(self, About.of(self, model, methods, list(zoo)))
         flats = [torch.stack([vae.flatten(pairs) for pairs in samples]) for samples in zoo.values()]
         vae.tasks.copy_(torch.stack([vectors[task] for task in zoo]))
         vae.statistics.copy_(torch.stack([layout.statistics(x) for x in flats]))
