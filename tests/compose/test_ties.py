@@ -123,3 +123,23 @@ def test_factors_are_trimmed_and_merged_apart() -> None:
     assert cut == 0
     close(B, trimmed(0))
     close(A, trimmed(1))
+
+
+def test_of_conflicting_tasks_more_is_kept_than_by_averaging() -> None:
+    """Four tasks, each with entries of its own, a third of all shared and in conflict, and small noise everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randint(0, 6, (40, 30), generator=generator)  # 0 to 3: whose entry it is; 4, 5: everybody's
+    taus = []
+    for task in range(4):
+        sign = torch.randint(0, 2, own.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        taus.append(sign * ((own == task) | (own > 3)) + 0.05 * draw(*own.shape, seed=task))
+    ties = merged(TIES(density=0.5), [pairs_of(*taus)], [0.25] * 4, rank=30)[0]
+    average = torch.stack(taus).mean(0)
+
+    def left(made: Tensor) -> float:
+        """The mean share of what a task's own entries do that is still there."""
+        shares = [(made * tau)[own == i].sum() / tau[own == i].square().sum() for i, tau in enumerate(taus)]
+        return float(torch.stack(shares).mean())
+
+    assert left(average) == pytest.approx(0.25, abs=0.02)
+    assert left(ties) > 0.95

@@ -1,1 +1,1 @@
-"""From adapters to another adapter: squeezed to a lower rank."""
+"""From adapters to others: merged, squeezed, compressed, moved to another base, generated."""
