@@ -185,7 +185,7 @@ def _learned(
 
 
 def level(name: str, **options: Any) -> Side:
-    return Side({"name": name}, lr=1e-3, steps=300, **options)
+    return Side({"name": name}, lr=2e-3, steps=200, **options)
 
 
 run(
