@@ -91,7 +91,7 @@ def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
 
 
-def blocks_of(text: str, tokenizer: Any, length: int = 128, limit: int = 64) -> list[Tensor]:
+def blocks_of(text: str, tokenizer: Any, length: int = 128, limit: int = 32) -> list[Tensor]:
     """A text as blocks of `length` token ids, the first `limit` of them. Raises where it is too short for two."""
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
     blocks = list(ids[: len(ids) // length * length].split(length))[:limit]

@@ -198,7 +198,9 @@ def _refusals(name: str, found: Refusals) -> list[Cell]:
 def _plots(made: Audit) -> list[str]:
     rows, sites = made.rows, [row.site for row in made.rows]
     kinds, blocks, at = places(sites)
-    colours = {kind: SERIES[i % len(SERIES)] for i, kind in enumerate(kinds)}
+    family = {site: kinds[kind].partition("[")[0] for site, (_, kind) in at.items()}  # without the expert's number
+    families = list(dict.fromkeys(family[row.site] for row in sorted(rows, key=lambda row: at[row.site][1])))
+    colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(families)}
     tall = min(6.5, 2.0 + 0.12 * len(blocks))
 
     def maps(into: Any) -> None:
@@ -223,20 +225,19 @@ def _plots(made: Audit) -> list[str]:
         every = max(1, width // 10)
         axes.set_yticks(range(0, width, every), [str(j + 1) for j in range(0, width, every)])
         axes.set_ylabel("component of W + ΔW")
-        counts = [sum(at[row.site][1] == i for row in rows) for i in range(len(kinds))]
-        starts = [sum(counts[:i]) for i in range(len(kinds) + 1)]
+        counts = [list(family.values()).count(name) for name in families]
+        starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
         for start in starts[1:-1]:
             axes.axvline(start - 0.5, color=PAPER, lw=2)
         middles = [start + count / 2 - 0.5 for start, count in zip(starts, counts, strict=False)]
-        axes.set_xticks(middles, kinds, rotation=25 if len(kinds) > 6 else 0)
+        axes.set_xticks(middles, families, rotation=25 if len(families) > 6 else 0)
         axes.tick_params(length=0)
         into.colorbar(image, ax=axes, label="resemblance m", aspect=20).outline.set_visible(False)
 
     def curves(into: Any) -> None:
         left, right = into.subplots(1, 2)
         for row in rows:
-            kind = kinds[at[row.site][1]]
-            look = {"color": colours[kind], "alpha": 0.45, "lw": 1}
+            look = {"color": colours[family[row.site]], "alpha": 0.45, "lw": 1}
             tip(left.plot(range(1, row.rank + 1), row.singular_values, **look)[0], row.site)
             first = row.shape[0].bit_length() - 1
             cuts = range(1 - first, 1 - first + len(row.entropies))
@@ -247,9 +248,9 @@ def _plots(made: Audit) -> list[str]:
         right.set(
             title="Entanglement entropy of ΔW", xlabel="cut, from the one between rows and columns", ylabel="nats"
         )
-        for kind, colour in colours.items():
-            left.plot([], [], color=colour, lw=2, label=kind)
-        into.legend(loc="outside lower center", ncols=min(8, len(kinds)))
+        for name, colour in colours.items():
+            left.plot([], [], color=colour, lw=2, label=name)
+        into.legend(loc="outside lower center", ncols=max(1, min(len(families), 90 // max(map(len, families)))))
 
     def attention(into: Any) -> None:
         found: Any = made.attention

@@ -308,7 +308,11 @@ def _legend(into: Any, ran: Sequence[Contender], looks: dict[str, tuple[str, str
     handles = [
         Line2D([], [], color=looks[c.name][0], marker=looks[c.name][1], ls="none", ms=7, label=c.name) for c in ran
     ]
-    into.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
+    into.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=max(1, min(len(handles), 90 // max(len(c.name) + 4 for c in ran))),
+    )
 
 
 def _scale(axes: Any, of: Figure, costs: Sequence[float]) -> None:

@@ -254,7 +254,10 @@ def heat_maps(
         image = axes.imshow(grid, aspect="auto", cmap=SEQUENTIAL, interpolation="nearest", norm=scale)
         axes.grid(visible=False)
         axes.set_title(title)
-        axes.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", rotation_mode="anchor", fontsize=8.5)
+        step = max(1, -(-len(kinds) // 16))
+        axes.set_xticks(
+            range(0, len(kinds), step), kinds[::step], rotation=60, ha="right", rotation_mode="anchor", fontsize=8.5
+        )
         step = max(1, -(-len(blocks) // 12))
         axes.set_yticks(range(0, len(blocks), step), [str(b) for b in blocks[::step]], fontsize=8.5)
         axes.tick_params(length=0)
