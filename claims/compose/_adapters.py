@@ -65,7 +65,7 @@ def trained(task: Scratch, method: str, lr: float, steps: int, seed: int) -> tup
     """The model with an adapter `text0`, `text1`, ... for each text, each from a start of its own, and the losses on
     the text without and with it."""
     parts = texts(task)
-    alone = [_alone(part, method, lr, steps, 10 * seed + i) for i, part in enumerate(parts)]
+    alone = [on_one_text(part, method, lr, steps, 10 * seed + i) for i, part in enumerate(parts)]
     parts[0].fresh(seed)
     for i, (folder, _) in enumerate(alone):
         rankfold.load(parts[0].model, folder, f"text{i}", active=False)
@@ -73,7 +73,7 @@ def trained(task: Scratch, method: str, lr: float, steps: int, seed: int) -> tup
 
 
 @functools.cache
-def _alone(part: FromScratch, method: str, lr: float, steps: int, seed: int) -> tuple[Path, tuple[float, float]]:
+def on_one_text(part: FromScratch, method: str, lr: float, steps: int, seed: int) -> tuple[Path, tuple[float, float]]:
     """Where the adapter for one text lies, and the losses; both are kept for the next process."""
     described = json.dumps([part.task.texts, method, lr, steps, seed])
     kept = cache_dir() / "claims" / hashlib.sha256(described.encode()).hexdigest()[:16]
