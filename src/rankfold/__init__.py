@@ -23,6 +23,7 @@ _PUBLIC = {
     "rankfold.core": ("Callback", "Delta", "Init", "Method", "Optimizer", "Site"),
     "rankfold.errors": ("AdapterFileError", "RankfoldError", "UnsupportedError"),
     "rankfold.quantizers._quantizer": ("quantize",),
+    "rankfold.quantizers._transformers": ("load_quantized", "save_quantized"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from rankfold.core.registry import methods
     from rankfold.errors import AdapterFileError, RankfoldError, UnsupportedError
     from rankfold.quantizers._quantizer import quantize
+    from rankfold.quantizers._transformers import load_quantized, save_quantized
 
 
 def __getattr__(name: str) -> Any:

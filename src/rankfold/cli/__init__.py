@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 for _command in (
-    "train", "evaluate", "generate", "inspect", "merge", "squeeze", "combine",
+    "train", "evaluate", "generate", "inspect", "merge", "squeeze", "combine", "quantize",
     "audit", "compare", "peft", "methods",
 ):  # fmt: skip
     importlib.import_module(f"rankfold.cli.{_command}").register(app)

@@ -42,6 +42,8 @@ def load_model(
     """
     import transformers
 
+    import rankfold.quantizers._transformers  # noqa: F401 (so that from_pretrained knows packed models)
+
     options: dict[str, Any] = {"revision": spec.revision} if spec.revision else {}
     try:
         source = model_source(spec)
@@ -144,15 +146,25 @@ def gguf_directory(gguf: Path) -> Path:
     return done
 
 
-def save_directory(model: Any, processor: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+def save_directory(
+    model: Any,
+    processor: Any,
+    folder: Path,
+    state: Mapping[str, Tensor] | None = None,
+    before: Callable[[Path], None] | None = None,
+) -> None:
     """Write model and tokenizer (or image processor) as a Transformers directory, whole or not at all.
 
-    It takes the place of what is in `folder`. `state` are the weights, where the model has them in shards.
+    It takes the place of what is in `folder`. `state` are the weights, where the model has them in shards; `before`
+    writes what else is to be in the directory.
     """
 
     def fill(work: Path) -> None:
+        if before is not None:
+            before(work)
         model.save_pretrained(work, state_dict=state)
-        processor.save_pretrained(work)
+        if processor is not None:
+            processor.save_pretrained(work)
 
     _whole_directory(folder, fill)
 

@@ -1,0 +1,115 @@
+"""`rankfold quantize`: a base model in few bits."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankfold.cli._common import (
+    MODEL_HELP,
+    DtypeOption,
+    JsonOption,
+    check_new,
+    load_base,
+    print_json,
+    say,
+    stderr,
+    stdout,
+)
+from rankfold.errors import RankfoldError
+
+_EPILOG = (
+    "[bold]rtn[/bold]: round to nearest; needs no data.\n\n"
+    "[bold]gptq[/bold]: column by column, so that outputs on the calibration text change least.\n\n"
+    "[bold]lorc[/bold], [bold]eora[/bold]: a LoRA that makes good what was lost, of the weights or, with the "
+    "calibration text, of the outputs. It is saved in OUTPUT/compensation, an adapter as any other.\n\n"
+    "The result loads with rankfold.load_quantized, and as the model of every command and recipe.\n\n"
+    "Example: rankfold quantize MODEL --scheme int3 --how gptq --calibration wiki.txt --compensate eora --rank 16 "
+    "--output model-int3"
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=_EPILOG)(quantize)
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    output: Annotated[Path, typer.Option("--output", help="New folder for the quantised model.")],
+    scheme: Annotated[str, typer.Option("--scheme", help="int8, int4, int3, int2, ternary, nf4 or fp4.")] = "int4",
+    how: Annotated[str, typer.Option("--how", help="rtn, gptq, or another quantiser's slug.")] = "rtn",
+    group: Annotated[
+        str, typer.Option("--group", metavar="N|channel|tensor", help="Numbers that share a scale.")
+    ] = "64",
+    along: Annotated[
+        str, typer.Option("--along", help="Groups run along the inputs (in) or, down a column, the outputs (out).")
+    ] = "in",
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Without zero points.")] = False,
+    compensate: Annotated[str | None, typer.Option("--compensate", help="lorc or eora.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of the compensation.  [default: its own]")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="A text like those that the model will see.")
+    ] = None,
+    blocks: Annotated[int, typer.Option("--blocks", min=2, help="Blocks of 256 tokens of that text.")] = 64,
+    dtype: DtypeOption = "float32",
+    json: JsonOption = False,
+) -> None:
+    """Quantise the linear layers of a model, all but the head, and save it."""
+    check_new(output)
+    if rank is not None and compensate is None:
+        raise RankfoldError("--rank is the rank of a compensation: say which, as --compensate eora")
+
+    from pydantic import ValidationError
+    from rich.progress import Progress
+
+    import rankfold
+    from rankfold.core.targets import find
+
+    width: Any = int(group) if group.isdigit() else group
+    try:
+        asked = rankfold.Scheme.model_validate(
+            {"format": scheme, "group": width, "along": along, "symmetric": symmetric}
+        )
+    except ValidationError as error:
+        problems = "; ".join(
+            f"--{'scheme' if e['loc'][0] == 'format' else e['loc'][0]}: {e['msg']}" for e in error.errors()
+        )
+        raise RankfoldError(problems) from None
+    rule = rankfold.build(how)
+    repair = None if compensate is None else rankfold.build(compensate, **({} if rank is None else {"rank": rank}))
+    loaded = load_base(model, dtype, None)
+    texts = None if calibration is None else _blocks(calibration, loaded.processor, blocks)
+    total = len(find(loaded.model, "all-linear"))
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("quantising", total=total)
+        report = rankfold.quantize(
+            loaded.model, asked, rule, calibration=texts, compensate=repair, progress=lambda path: bar.advance(task)
+        )
+    with stderr.status("saving"):
+        rankfold.save_quantized(loaded.model, output, loaded.processor)
+    error = sum(one.error for one in report.values()) / len(report)
+    if json:
+        from dataclasses import asdict
+
+        layers = {path: asdict(one) for path, one in report.items()}
+        print_json({"model": str(output), "scheme": asked.model_dump(), "error": error, "layers": layers})
+        return
+
+    from rich.table import Table
+
+    table = Table("layer", "bits", "error ‖W − Ŵ‖ / ‖W‖", *(["with compensation"] if repair else []))
+    for path, one in report.items():
+        left = [] if one.left is None else [f"{one.left:.4f}"]
+        table.add_row(path, f"{one.bits:.2f}", f"{one.error:.4f}", *left)
+    stdout.print(table)
+    say([f"quantised model: {output}", f"mean error: {error:.4f}"])
+
+
+def _blocks(path: Path, tokenizer: Any, limit: int) -> list[Any]:
+    from rankfold.audit.forgetting import blocks_of
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RankfoldError(f"--calibration: cannot read {path}: {error}") from None
+    return [{"input_ids": block[None]} for block in blocks_of(text, tokenizer, 256, limit)]

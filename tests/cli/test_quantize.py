@@ -1,0 +1,129 @@
+"""`rankfold quantize`, and what comes out of it: a model that every loader of Transformers reads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rankfold
+from rankfold.cli import run
+from rankfold.core.packed import PackedLinear
+from rankfold.errors import RankfoldError
+from tests.train import tiny
+
+IDS = torch.arange(3, 15)[None]
+
+
+@pytest.fixture(scope="module")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, and then it runs away into the dark wood. " * 60)
+    return path
+
+
+def test_a_model_becomes_small_and_loads_in_few_bits(llama_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "small"
+    assert run(["quantize", str(llama_dir), "--scheme", "int8", "--group", "16", "--output", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    before, after = AutoModelForCausalLM.from_pretrained(llama_dir), rankfold.load_quantized(out)
+    layers = {path for path, module in after.named_modules() if isinstance(module, PackedLinear)}
+    assert layers == told["layers"].keys()
+    assert "lm_head" not in layers
+    assert all(0 < one["error"] < 0.02 for one in told["layers"].values())
+    expected = before(IDS).logits
+    assert 0 < (after(IDS).logits - expected).norm() < 0.03 * expected.norm()
+    for path in layers:
+        layer = after.get_submodule(path)
+        size = sum(t.numel() * t.itemsize for t in layer.state_dict().values())
+        assert 8 * size == pytest.approx(told["layers"][path]["bits"] * layer.in_features * layer.out_features)
+        assert size < 0.4 * 4 * layer.in_features * layer.out_features
+
+
+def test_what_was_packed_is_read_bit_for_bit_and_trains_under_an_adapter(llama_dir: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    rankfold.quantize(model, rankfold.Scheme(format="int3", group=16, scales="bfloat16"))
+    y = model(IDS).logits
+    rankfold.save_quantized(model, tmp_path / "small")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.equal(again(IDS).logits, y)
+    assert again.get_submodule("model.layers.0.self_attn.q_proj").scales.dtype == torch.bfloat16
+    half = rankfold.load_quantized(tmp_path / "small", dtype=torch.bfloat16)
+    assert half(IDS).logits.dtype == torch.bfloat16
+    adapter = rankfold.attach(again, rankfold.build("lora", rank=2))
+    again(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
+def test_a_compensation_is_an_adapter_within(llama_dir: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "small"
+    asked = ["--scheme", "int2", "--group", "16", "--how", "gptq", "--calibration", str(text), "--blocks", "4"]
+    command = ["quantize", str(llama_dir), *asked, "--compensate", "eora", "--rank", "8", "--output", str(out)]
+    assert run(command) == 0
+    assert "with compensation" in capsys.readouterr().out
+    expected = AutoModelForCausalLM.from_pretrained(llama_dir)(IDS).logits
+    model = rankfold.load_quantized(out)
+    plain = (model(IDS).logits - expected).norm()
+    adapter = rankfold.load(model, out / "compensation")
+    assert adapter.method.rank == 8  # type: ignore[attr-defined]
+    assert (model(IDS).logits - expected).norm() < 0.9 * plain
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheme", "int5"], "--scheme: Input should be"),
+        (["--group", "0"], "--group: Input should be"),
+        (["--how", "gptq"], "gptq needs statistics of the data"),
+        (["--rank", "4"], "--rank is the rank of a compensation"),
+        (["--compensate", "rtn"], "compensates nothing"),
+        (["--how", "gptq", "--calibration", "nowhere.txt"], "--calibration: cannot read nowhere.txt"),
+    ],
+)
+def test_bad_input_is_named(options: list[str], message: str, llama_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run(["quantize", str(llama_dir), "--output", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_too_short_is_named(llama_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    asked = ["--how", "gptq", "--calibration", str(tmp_path / "short.txt"), "--output", str(tmp_path / "out")]
+    assert run(["quantize", str(llama_dir), *asked]) == 2
+    assert "too few for two blocks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schemes": [{"scheme": {"format": "int9"}, "layers": []}]}, "names no schemes that can be read"),
+        ({"schemes": [{"scheme": {}, "layers": ["model.__class__"]}]}, "no linear layer there"),
+    ],
+)
+def test_a_hostile_configuration_is_refused(
+    change: dict[str, Any], message: str, llama_dir: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    rankfold.quantize(model, rankfold.Scheme())
+    rankfold.save_quantized(model, tmp_path / "small")
+    file = tmp_path / "small" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(RankfoldError, match=message):
+        rankfold.load_quantized(tmp_path / "small")
+
+
+def test_only_packed_models_are_saved_and_loaded_so(llama_dir: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    with pytest.raises(RankfoldError, match="no packed layer"):
+        rankfold.save_quantized(model, tmp_path / "out")
+    with pytest.raises(RankfoldError, match="no model that rankfold has quantised"):
+        rankfold.load_quantized(llama_dir)
