@@ -63,7 +63,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, RankfoldError):
         return str(error), 2
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("rankfold"):
-        return f"this command needs {error.name}, which is not installed; try: pip install 'rankfold[train]'", 2
+        missing = str(error.name).partition(".")[0]
+        extra = {"optuna": "compare", "sklearn": "compose", "scipy": "compose"}.get(missing, "train")
+        return f"this command needs {missing}, which is not installed; try: pip install 'rankfold[{extra}]'", 2
     format_message = getattr(error, "format_message", None)
     if format_message is not None:  # a wrong option or argument (typer's own kind of error is not public)
         return f"{format_message().rstrip('.')} (see rankfold --help)", 2
