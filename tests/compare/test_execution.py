@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from rankfold.compare import worker
-from rankfold.compare.execution import Local, environment
+from rankfold.compare.execution import Cluster, Local, environment
 from rankfold.compare.job import LOG, Job, has_stepped, last_lines, prepare, read_outcome, shown_step
 from rankfold.compare.memory import Gauge
+from rankfold.errors import RankfoldError
 from tests.compare.conftest import died_after_a_step, point, well
 
 
@@ -127,3 +128,10 @@ def _patient(folder: str, threads: int) -> None:
     signal.signal(signal.SIGTERM, stop)
     (Path(folder) / "there").touch()
     sleep(60)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_a_cluster_that_is_not_there_is_said_at_once(address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(RankfoldError, match=f"--ray: no cluster at {address}: "):
+        Cluster(address, threads=1)

@@ -4,6 +4,8 @@ import asyncio
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
+import socket
 import threading
 from pathlib import Path
 from time import monotonic
@@ -107,6 +109,7 @@ class Cluster:
             import ray
         except ModuleNotFoundError:
             raise RankfoldError("--ray: Ray is not installed; try: pip install 'rankfold[ray]'") from None
+        _check_there(address)
         names = ("PYTHONPATH", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME", "XDG_CACHE_HOME")
         ours = {name: os.environ[name] for name in names if name in os.environ}
         try:
@@ -137,6 +140,16 @@ class Cluster:
 
     def close(self) -> None:
         self.ray.shutdown()
+
+
+def _check_there(address: str) -> None:
+    """Refuse an address where nothing answers: Ray itself would try for minutes."""
+    place = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
+    if place is not None:
+        try:
+            socket.create_connection((place[1], int(place[2])), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise RankfoldError(f"--ray: no cluster at {address}: {error}") from None
 
 
 def _on_node(folder: str, working: str) -> None:
