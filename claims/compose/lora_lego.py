@@ -73,6 +73,5 @@ run(
         Expect("lego, one start, shuffled", "factors, one start, shuffled", LOST),
     ],
     how=arranged,
-    note="Rank 8 each. Units of different starts are nearly orthogonal, so that eight groups of 32 keep little. Rank 32 "
-    "has a group for every unit: the sum of all adapters, times ½.",
+    note="Rank 8 each, 32 units in all. Rank 32 has a group for every unit: the sum of all adapters, times ½.",
 )
