@@ -10,6 +10,7 @@ from pathlib import Path
 import harness
 
 import rankfold
+from rankfold.compose._compression import Compression
 from rankfold.compose.compeft import grid
 from rankfold.compose.compress import compress
 from rankfold.core.control import detach, using
@@ -49,7 +50,7 @@ def main() -> None:
     numbers = adapter.num_parameters()
     table.append({"what": "float32", "bytes": before, "over 16 bits": 2 * numbers / before, "loss": loss(judged)})
 
-    def add(name: str, how: rankfold.Component, **more: float) -> None:
+    def add(name: str, how: Compression, **more: float) -> None:
         with tempfile.TemporaryDirectory() as to:
             path, report = compress(folder / "adapter", how, Path(to) / "small")
             small = rankfold.load(model, path, "small", active=False)

@@ -92,6 +92,18 @@ def test_one_vector_of_all_tensors_or_each_by_itself() -> None:
     assert float(apart["A"].max()) == pytest.approx(float(10 * A.std()))
 
 
+def test_a_code_for_each_tensor_where_that_is_shorter() -> None:
+    """All that is kept is in A and C; the zeros of B between them would cost the code of the whole."""
+    generator = torch.Generator().manual_seed(0)
+    A, B, C = (scale * torch.randn(40_000, generator=generator) for scale in (100, 1, 100))
+    codes = ComPEFT(density=0.25).codes({"A": A, "B": B, "C": C}, {})
+    assert [code.names for code in codes] == [("A",), ("B",), ("C",)]
+    k = 0.375
+    bits = 80_000 * (-k * math.log2(k) - (1 - k) * math.log2(1 - k) + k)
+    assert 8 * sum(len(code.data) for code in codes) < 1.04 * bits
+    assert [code.names for code in ComPEFT(density=0.25).codes({"A": A, "C": C}, {})] == [("A", "C")]
+
+
 # ---- adapters
 
 

@@ -53,7 +53,7 @@ class ComPEFT(Compression):
 
     def codes(self, tensors: Mapping[str, Tensor], methods: Mapping[str, Method]) -> list[Code]:
         groups = [(name,) for name in sorted(tensors)] if self.by_tensor else [tuple(sorted(tensors))]
-        return [Code("ternary", self._code([tensors[name] for name in names]), names) for names in groups]
+        return [code for names in groups for code in self._codes({name: tensors[name] for name in names})]
 
     def method(self, method: Method) -> Method:
         if isinstance(method, BiLoRA):
@@ -63,13 +63,17 @@ class ComPEFT(Compression):
             )
         return method
 
-    def _code(self, tensors: Sequence[Tensor]) -> bytes:
-        tau = torch.cat([tensor.detach().cpu().reshape(-1).to(torch.float64) for tensor in tensors])
+    def _codes(self, tensors: Mapping[str, Tensor]) -> list[Code]:
+        """One code of all, or one of each where that is shorter: where some hold much more of what is kept."""
+        tau = torch.cat([tensor.detach().cpu().reshape(-1).to(torch.float64) for tensor in tensors.values()])
         kept = largest(tau, self.density)
         signs = np.zeros(len(tau), np.int8)
         signs[kept.numpy()] = tau[kept].sign().numpy()
-        scale = tau.std() if self.scale == "std" and len(tau) > 1 else tau[kept].abs().mean()
-        return write_ternary(signs, self.alpha * float(scale))
+        scale = self.alpha * float(tau.std() if self.scale == "std" and len(tau) > 1 else tau[kept].abs().mean())
+        parts = np.split(signs, np.cumsum([tensor.numel() for tensor in tensors.values()])[:-1])
+        each = [Code("ternary", write_ternary(part, scale), (name,)) for name, part in zip(tensors, parts, strict=True)]
+        whole = Code("ternary", write_ternary(signs, scale), tuple(tensors))
+        return each if sum(len(code.data) for code in each) < len(whole.data) else [whole]
 
 
 def largest(tau: Tensor, density: float) -> Tensor:
