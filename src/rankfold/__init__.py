@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 # What the package offers, by the module it lives in: imported on first use, so that `import rankfold` stays quick.
 _PUBLIC = {
     "rankfold.compose._merge": ("combine",),
+    "rankfold.compose.lorahub": ("lorahub",),
+    "rankfold.compose.similar": ("similar",),
     "rankfold.compose.squeeze": ("squeeze",),
     "rankfold.core.adapter": ("Adapter",),
     "rankfold.core.attach": ("attach",),
@@ -29,6 +31,8 @@ _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
 if TYPE_CHECKING:
     from rankfold.compose._merge import combine
+    from rankfold.compose.lorahub import lorahub
+    from rankfold.compose.similar import similar
     from rankfold.compose.squeeze import squeeze
     from rankfold.core import Callback, Delta, Init, Method, Optimizer, Site
     from rankfold.core.adapter import Adapter

@@ -51,7 +51,11 @@ def test_help_is_quick_and_loads_no_torch() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "eval", "generate", "inspect", "merge", "squeeze", "audit", "soften", "export", "import", "methods"],
+    [
+        *("train", "eval", "generate", "inspect", "merge", "squeeze", "compress", "combine", "lorahub", "similar"),
+        *("transfer", "train-generator", "generate-adapter", "quantize", "audit", "soften", "compare"),
+        *("export", "import", "methods"),
+    ],
 )
 def test_every_command_shows_an_example(capfd: pytest.CaptureFixture[str], command: str) -> None:
     code, out, _ = run(capfd, command, "--help")

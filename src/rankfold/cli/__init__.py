@@ -20,8 +20,8 @@ app = typer.Typer(
 )
 
 for _command in (
-    "train", "evaluate", "generate", "inspect", "merge", "squeeze", "combine", "quantize",
-    "audit", "compare", "peft", "methods",
+    "train", "evaluate", "generate", "inspect", "merge", "squeeze", "compress", "combine", "lorahub", "similar",
+    "transfer", "generate_adapter", "quantize", "audit", "compare", "peft", "methods",
 ):  # fmt: skip
     importlib.import_module(f"rankfold.cli.{_command}").register(app)
 
