@@ -8,7 +8,9 @@ __version__ = "0.1.0"
 # What the package offers, by the module it lives in: imported on first use, so that `import rankfold` stays quick.
 _PUBLIC = {
     "rankfold.compose._merge": ("combine",),
+    "rankfold.compose.compress": ("compress",),
     "rankfold.compose.lorahub": ("lorahub",),
+    "rankfold.compose.portllm": ("port", "unport"),
     "rankfold.compose.similar": ("similar",),
     "rankfold.compose.squeeze": ("squeeze",),
     "rankfold.core.adapter": ("Adapter",),
@@ -31,7 +33,9 @@ _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
 if TYPE_CHECKING:
     from rankfold.compose._merge import combine
+    from rankfold.compose.compress import compress
     from rankfold.compose.lorahub import lorahub
+    from rankfold.compose.portllm import port, unport
     from rankfold.compose.similar import similar
     from rankfold.compose.squeeze import squeeze
     from rankfold.core import Callback, Delta, Init, Method, Optimizer, Site

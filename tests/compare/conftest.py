@@ -102,8 +102,8 @@ def died_after_a_step(folder: Path) -> None:
     write_whole(folder / RUN / "metrics.jsonl", json.dumps({"step": 1, "loss": 9.9}) + "\n")
 
 
-def contest(plan: Plan, output: Path, execution: Any) -> Contest:
+def contest(plan: Plan, output: Path, execution: Any, labels: Any = None) -> Contest:
     from rankfold.compare.plan import recipe_of
 
     recipes = [recipe_of(plan, entry, "plan") for entry in plan.contenders]
-    return Contest(plan, recipes, output, None, 1, execution, lambda contest: None)
+    return Contest(plan, recipes, output, labels, 1, execution, lambda contest: None)

@@ -37,6 +37,13 @@ def test_all_train_on_the_same_rows_with_the_same_seeds(plan: Plan, tmp_path: Pa
     assert [len(state.runs) for state in made.states] == [2, 2]
 
 
+def test_class_names_are_the_same_in_a_job_and_in_its_file(plan: Plan, tmp_path: Path) -> None:
+    made = contest(plan, tmp_path, Answering(well), labels=("no", "yes"))
+    asyncio.run(made.go())
+    assert [len(state.runs) for state in made.states] == [2, 2]
+    assert not any(state.failures for state in made.states)
+
+
 def test_rates_are_searched_alike_on_other_rows(values: dict[str, Any], tmp_path: Path) -> None:
     values["search"] = {"trials": 5, "spread": 10}
     values["contenders"] = ["lora", {"name": "dora", "method": "dora", "optimizer": {"lr": 0.001}}]

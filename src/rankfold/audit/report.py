@@ -13,7 +13,7 @@ from rankfold.audit.forgetting import Forgetting, forgetting
 from rankfold.audit.safety import Refusals
 from rankfold.core.adapter import Adapter
 from rankfold.core.convert import as_lora, product
-from rankfold.core.linalg import svd_of_product
+from rankfold.core.linalg import spaces
 from rankfold.core.rank import replace as put
 from rankfold.core.routing import state_of
 from rankfold.errors import RankfoldError
@@ -252,13 +252,13 @@ def _row(
 ) -> Row:
     base = intruders.base_of(W)
     U, Vh, row = _measured(site, base, B, A, k, threshold, cluster)
-    spaces, reference = {}, None
+    others, reference = {}, None
     if tuned is not None:
         eye = torch.eye(tuned.shape[1], dtype=tuned.dtype, device=tuned.device)
-        *spaces["reference"], reference = _measured(site, base, tuned, eye, k, threshold, cluster)
+        *others["reference"], reference = _measured(site, base, tuned, eye, k, threshold, cluster)
     for name, pair in pairs.items():
-        spaces[name] = _spaces(*pair)[::2]
-    between = {name: _between(U, Vh, *space) for name, space in spaces.items() if min(U.shape[1], space[0].shape[1])}
+        others[name] = spaces(*pair)[::2]
+    between = {name: _between(U, Vh, *space) for name, space in others.items() if min(U.shape[1], space[0].shape[1])}
     return replace(row, between=between, reference=reference)
 
 
@@ -269,19 +269,11 @@ def _between(U: Tensor, Vh: Tensor, other_U: Tensor, other_Vh: Tensor) -> Betwee
     return Between(left.similarity, left.chance, right.similarity, right.chance)
 
 
-def _spaces(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, rank), S (rank,) and Vh (rank, in) of B A, without what is rounding."""
-    U, S, Vh = svd_of_product(B, A)
-    noise = S.max() * max(U.shape[0], Vh.shape[1]) * torch.finfo(S.dtype).eps
-    rank = int((noise < S).sum())
-    return U[:, :rank], S[:rank], Vh[:rank]
-
-
 def _measured(
     site: str, base: intruders.Base, B: Tensor, A: Tensor, k: int, threshold: float, cluster: float
 ) -> tuple[Tensor, Tensor, Row]:
     """The left vectors (out, rank) of ΔW = B A, the right ones (rank, in), and what its spectrum comes to."""
-    U, S, Vh = _spaces(B, A)
+    U, S, Vh = spaces(B, A)
     rank = len(S)
     found = intruders.match(base, B, A, k, cluster=cluster)
     grown = metrics.growth(float(base.S[0]), float(found.S[0]), S if rank else S.new_zeros(1), float(base.W.norm()))

@@ -84,7 +84,8 @@ class Contest:
         execution: Execution,
         show: Callable[["Contest"], Any],
     ):
-        self.plan, self.output, self.labels, self.threads = plan, output, labels, threads
+        self.plan, self.output, self.threads = plan, output, threads
+        self.labels = None if labels is None else list(labels)  # as a job has them that was read from its file
         self.execution, self.show = execution, show
         self.states = [State(entry, recipe) for entry, recipe in zip(plan.contenders, recipes, strict=True)]
 

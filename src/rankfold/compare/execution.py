@@ -1,6 +1,7 @@
 """Where the processes of a comparison run: on this machine, or on a Ray cluster."""
 
 import asyncio
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -117,7 +118,7 @@ class Cluster:
                 address=None if address == "local" else address,
                 runtime_env={"env_vars": {**ours, **environment(threads)}},
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 include_dashboard=False if address == "local" else None,
             )
         except (ConnectionError, ValueError) as error:

@@ -117,7 +117,7 @@ def forgotten(inputs: Inputs, name: str, text: dict[str, Any] | None) -> Forgett
     data = Data.model_validate(text)
     rows = read_rows(data, data.path, data.split, "text.path")
     read = fields(data, rows.column_names)["text"]
-    texts = [str(read(row)) for row in rows.select(range(min(len(rows), data.limit or len(rows))))]
+    texts = [str(read(dict(row))) for row in rows.select(range(min(len(rows), data.limit or len(rows))))]
     blocks = [torch.tensor(block["input_ids"]) for block in packed_blocks(texts, data, inputs.processor)]
     whole = [block for block in blocks if len(block) == data.max_length][:_BLOCKS]
     made = forgetting(inputs.model, name, whole)

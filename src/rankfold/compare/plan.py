@@ -50,7 +50,8 @@ class Limits(Section):
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         if isinstance(value, str):
-            value = dict(part.split("=", 1) if "=" in part else (part, "") for part in re.split(r"[,|\s]+", value))
+            parts = (part.partition("=") for part in re.split(r"[,|\s]+", value))
+            value = {key: given for key, _, given in parts}
         if isinstance(value, Mapping):
             value = {key: quantity(given) for key, given in value.items()}
             whole = {"parameters", "memory"} & value.keys()

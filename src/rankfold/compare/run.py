@@ -159,8 +159,12 @@ def _cut(plan: Plan, output: Path, threads: int) -> dict[str, Any]:
             "train": train.select(np.sort(order[count:])),
             "validation": train.select(np.sort(order[:count])),
         }
-    for name, rows in parts.items():
-        write_whole(output / "data" / f"{name}.parquet", lambda file, rows=rows: rows.to_parquet(file))
+    for name, part in parts.items():
+
+        def fill(file: Path, part: Any = part) -> None:
+            part.to_parquet(file)
+
+        write_whole(output / "data" / f"{name}.parquet", fill)
     rows = {name: len(part) for name, part in parts.items()}
     cut = {"rows": rows, "labels": labels, "threads": threads, "started": _now()}
     write_whole(output / ROWS, json.dumps(cut))

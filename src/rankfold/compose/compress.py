@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rankfold
 from rankfold.compose._compression import Code, Compression, decoded
@@ -166,7 +166,7 @@ def _recoded(source: Adapter, how: Compression, document: Mapping[str, Any]) -> 
 
 def _trained(source: Adapter, tensors: Mapping[str, Tensor], how: Compression) -> dict[str, Method]:
     """The names of the tensors that are coded, with the method of the layer that each belongs to."""
-    parts = [
+    parts: list[tuple[str, nn.Module, Method, int]] = [
         (f"deltas.{site}", delta, source.methods.get(site, source.method), len(delta.site.batch))
         for site, delta in source.deltas.items()
     ]

@@ -68,6 +68,11 @@ class ICMLoRA(Component):
 class ConditionalVAE(Generator):
     """The network, the task vectors (tasks, |c|) it was trained with, and the tasks' statistics (tasks, 2, tensors)."""
 
+    tasks: Tensor
+    statistics: Tensor
+    centre: Tensor
+    spread: Tensor
+
     def __init__(self, config: ICMLoRA, about: About):
         super().__init__(config, about)
         ranks = {site: lora_of(record, site, "the generator").rank for site, record in about.sites.items()}

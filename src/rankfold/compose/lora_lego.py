@@ -92,5 +92,6 @@ def cluster(units: Tensor, k: int, seed: int) -> Tensor:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different units than clusters: some are empty
-        found = KMeans(k, n_init=10, random_state=seed).fit_predict(units.double().cpu().numpy())
+        means = KMeans(k, n_init=10, random_state=seed)  # type: ignore[arg-type] (a number, or "auto")
+        found = means.fit_predict(units.double().cpu().numpy())
     return torch.from_numpy(found).to(units.device)

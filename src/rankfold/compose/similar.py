@@ -12,9 +12,9 @@ from torch import Tensor
 from rankfold.audit.metrics import overlap
 from rankfold.compose._merge import Pair, pairs_at, union
 from rankfold.compose._sources import BaseWeights, Source, open_source
-from rankfold.compose.weight_matching import Svd, aligned
+from rankfold.compose.weight_matching import aligned
 from rankfold.core.adapter import Adapter
-from rankfold.core.linalg import svd_of_product
+from rankfold.core.linalg import spaces
 
 GAMMA = 0.3
 
@@ -103,7 +103,7 @@ def similar(a: Adapter | str | Path, b: Adapter | str | Path, *, model: BaseWeig
 
 def _alike(x: Pair, y: Pair, products: Tensor, errors: tuple[float, float]) -> Alike:
     cosine, ratio = _as_vectors(products)
-    (U, S, Vh), (X, T, Yh) = one, other = _spaces(*x), _spaces(*y)
+    (U, S, Vh), (X, T, Yh) = one, other = spaces(*x), spaces(*y)
     ranks = len(S), len(T)
     if not min(ranks):
         return Alike(cosine, ratio, None, None, None, None, ranks, errors)
@@ -126,14 +126,6 @@ def _inner(x: Pair, y: Pair) -> Tensor:
     """`⟨B A, D C⟩ = Σ (Bᵀ D) ∘ (A Cᵀ)`."""
     (B, A), (D, C) = x, y
     return ((B.mT.double() @ D.double()) * (A.double() @ C.mT.double())).sum()
-
-
-def _spaces(B: Tensor, A: Tensor) -> Svd:
-    """U, S and Vh of B A, without what is rounding."""
-    U, S, Vh = svd_of_product(B, A)
-    noise = S.amax() * max(U.shape[0], Vh.shape[1]) * torch.finfo(S.dtype).eps if len(S) else 0
-    rank = int((noise < S).sum())
-    return U[:, :rank], S[:rank], Vh[:rank]
 
 
 def _as_vectors(products: Tensor) -> tuple[float | None, float | None]:

@@ -95,6 +95,14 @@ def svd_of_product(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _signed(QB @ U, S, Vh @ QA.mT)
 
 
+def spaces(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, rank), S (rank,) and Vh (rank, in) of one product B A, without what is rounding."""
+    U, S, Vh = svd_of_product(B, A)
+    noise = S.amax() * max(U.shape[0], Vh.shape[1]) * torch.finfo(S.dtype).eps if len(S) else 0
+    rank = int((noise < S).sum())
+    return U[:, :rank], S[:rank], Vh[:rank]
+
+
 def truncate(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best approximation of `B A` of that rank: `B' (..., m, rank)`, `A' (..., rank, n)`, and its relative error.
 

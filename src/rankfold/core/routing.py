@@ -168,8 +168,8 @@ class State:
 
     @contextmanager
     def tagged(self, tags: Tensor | int | None) -> Iterator[None]:
-        """Let the rows of a batch carry what deltas may go by: an integer (a class, a task) for all, or for each (rows,),
-        or numbers for each (rows, width), a context.
+        """Let the rows of a batch carry what deltas may go by: an integer (a class, a task) for all, or for each
+        (rows,), or numbers for each (rows, width), a context.
 
         Under `lock`, as any change of what forwards do.
         """

@@ -47,10 +47,10 @@ class PackedQuantizer(HfQuantizer):
     """Puts empty packed layers in their places before the weights are read into them."""
 
     requires_calibration = True  # that is: it only loads what was quantised before
-    quantization_config: PackedConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        for path, scheme in self.quantization_config.layers.items():
+        config: Any = self.quantization_config
+        for path, scheme in config.layers.items():
             parent, _, name = path.rpartition(".")
             within, old = submodule(model, parent) if parent else model, submodule(model, path)
             if within is None or type(old) is not nn.Linear:
@@ -74,7 +74,8 @@ def mark(model: Any) -> None:
             by_scheme.setdefault(module.scheme, []).append(path)
     if not by_scheme:
         raise RankfoldError("the model has no packed layer: quantise it first")
-    config = PackedConfig([{"scheme": scheme.model_dump(), "layers": paths} for scheme, paths in by_scheme.items()])
+    schemes = [{"scheme": scheme.model_dump(), "layers": paths} for scheme, paths in by_scheme.items()]
+    config = PackedConfig(schemes=schemes)
     model.config.quantization_config = config
     model.hf_quantizer, model.is_quantized, model.quantization_method = PackedQuantizer(config), True, METHOD
 

@@ -123,7 +123,8 @@ class Training(nn.Module):
 
     def __init__(self, generator: Generator, base: Any):
         super().__init__()
-        self.generator, self.base, self.config = generator, base, base.config
+        self.generator: Any = generator
+        self.base, self.config = base, base.config
         self.main_input_name = "input_ids" if isinstance(generator.config, GenerativeAdapter) else "labels"
 
     def forward(self, labels: Tensor, input_ids: Any = None, attention_mask: Any = None, condition: Any = None) -> Any:

@@ -103,7 +103,7 @@ def _calls(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Any]
 @contextmanager
 def _at_rest(model: Any) -> Iterator[None]:
     """In eval mode, and without a cache of keys and values, which a second run of a block would make longer."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     cached = getattr(config, "use_cache", False)
     with torch.no_grad(), at_rest(model):
         if cached:
