@@ -57,6 +57,8 @@ def inspect(
     }
     if document.forced is not None:
         facts["forced"] = document.forced
+    if document.ported:
+        facts["ported from"] = ", ".join(map(str, document.ported))
     if file.encoding is not None:
         facts["compressed"] = _component(file.encoding.by)
     facts["audit"] = "none" if audited is None else ", ".join(map(str, audited.alarms[:_ALARMS])) or "no alarm"
