@@ -113,8 +113,9 @@ class ConditionalVAE(Generator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for module in self.modules():
-                if module is not self and hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+                reset: Any = getattr(module, "reset_parameters", None)
+                if module is not self and reset is not None:
+                    reset()
         return self
 
     def flatten(self, pairs: Pairs) -> Tensor:

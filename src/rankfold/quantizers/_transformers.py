@@ -22,7 +22,6 @@ from rankfold.errors import RankfoldError
 METHOD = "rankfold"
 
 
-@register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
     """The schemes of a model's packed layers, each with the paths that have it. What `config.json` says is checked."""
 
@@ -42,7 +41,6 @@ class PackedConfig(QuantizationConfigMixin):
         return {path: Scheme(**one["scheme"]) for one in self.schemes for path in one["layers"]}
 
 
-@register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
     """Puts empty packed layers in their places before the weights are read into them."""
 
@@ -64,6 +62,10 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+register_quantization_config(METHOD)(PackedConfig)
+register_quantizer(METHOD)(PackedQuantizer)
 
 
 def mark(model: Any) -> None:
