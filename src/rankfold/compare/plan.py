@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rankfold.errors import RankfoldError
 from rankfold.train.recipe import Data, Recipe, Section
-from rankfold.train.recipe_file import apply_override, describe_errors, parse_yaml, validate, validate_part
+from rankfold.train.recipe_file import apply_override, describe_errors, read_values, validate, validate_part
 
 # What a contender may put in the place of the base recipe's: how to train, never on what or for how long.
 MAY_DIFFER = (
@@ -154,18 +154,7 @@ def read_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
 
     Raises RankfoldError, naming the key in dotted form and what is allowed there.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RankfoldError(f"cannot read the comparison {path}: {reason}") from None
-    values = parse_yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise RankfoldError(f"{path} holds no comparison: expected the keys {', '.join(Plan.model_fields)}")
-    for override in overrides:
-        apply_override(values, override)
-    return make_plan(values, str(path))
+    return make_plan(read_values(path, Plan, "comparison", overrides), str(path))
 
 
 def make_plan(values: dict[str, Any], where: str = "comparison") -> Plan:

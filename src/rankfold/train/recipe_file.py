@@ -62,19 +62,24 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, schema: type
 
     Raises RankfoldError, naming the key in dotted form and what is allowed there.
     """
+    return validate_part(schema, read_values(path, schema, "recipe", overrides), str(path))
+
+
+def read_values(path: str | Path, schema: type[BaseModel], what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What the YAML file holds, with overrides applied, not yet validated; `what` is what messages call it."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RankfoldError(f"cannot read the recipe {path}: {reason}") from None
+        raise RankfoldError(f"cannot read the {what} {path}: {reason}") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         keys = [name for name, field in schema.model_fields.items() if field.is_required()]
-        raise RankfoldError(f"{path} holds no recipe: expected keys such as {', '.join(keys)}")
+        raise RankfoldError(f"{path} holds no {what}: expected keys such as {', '.join(keys)}")
     for override in overrides:
         apply_override(values, override)
-    return validate_part(schema, values, str(path))
+    return values
 
 
 def validate(values: dict[str, Any], where: str = "recipe") -> Recipe:
