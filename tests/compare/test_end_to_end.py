@@ -16,6 +16,8 @@ import yaml
 from rankfold import cli
 from rankfold.compare.result import Comparison
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def written(values: dict[str, Any], place: Path, tmp_path: Path) -> Path:
