@@ -204,7 +204,7 @@ def test_methods(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 BAD: list[tuple[list[str], str]] = [
-    (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+    (["trian"], "No such command 'trian'. Did you mean 'train', 'transfer'?"),
     (["train"], "Missing argument 'RECIPE.yaml'"),
     (["train", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
     (["train", "RECIPE", "--set", "method.rank=0"], "method: lora: rank"),

@@ -21,7 +21,7 @@ def test_everything_that_starts_threads_is_held() -> None:
 
 
 def test_processes_take_turns_and_leave_our_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of three at once, in processes that are not this one, with their threads pinned."""
+    """Two of three at once, in processes that are not this one, each told its threads."""
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setattr("rankfold.compare.execution._process", _note)
     execution = Local(jobs=2, threads=1)
@@ -46,7 +46,7 @@ def _note(folder: str, threads: int) -> None:
 
     start = time()
     sleep(0.3)
-    (Path(folder) / "note").write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']} {start} {time()}")
+    (Path(folder) / "note").write_text(f"{os.getpid()} {threads} {start} {time()}")
 
 
 def test_a_gauge_sees_what_came_after_its_start() -> None:

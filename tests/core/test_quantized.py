@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankfold
+from rankfold.core.packed import NF4, PackedLinear
 from rankfold.core.quantized import dense, is_plain
 from tests.quantizers import QUANTIZERS, linear_4bit, linear_8bit
 
@@ -24,6 +25,13 @@ def floats(layer: nn.Module) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     weight = layer.weight
+    if isinstance(layer, PackedLinear):
+        q = torch.stack([weight & 15, weight >> 4], -1).flatten(1)[:, : layer.in_features].long()
+        scales, zeros = (
+            None if t is None else t.float().repeat_interleave(32, 1)[:, : layer.in_features]
+            for t in (layer.scales, layer.zeros)
+        )
+        return (torch.tensor(NF4)[q] if zeros is None else q - zeros) * scales
     if type(weight).__name__ == "Params4bit":
         return dequantize_4bit(weight.data, weight.quant_state)
     if type(weight).__name__ == "Int8Params":
