@@ -1,6 +1,7 @@
 """Where the processes of a comparison run: on this machine, or on a Ray cluster."""
 
 import asyncio
+import importlib
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -107,7 +108,7 @@ class Cluster:
 
     def __init__(self, address: str, threads: int):
         try:
-            import ray
+            ray: Any = importlib.import_module("ray")
         except ModuleNotFoundError:
             raise RankfoldError("--ray: Ray is not installed; try: pip install 'rankfold[ray]'") from None
         _check_there(address)
