@@ -9,8 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // _workers))
+# A worker's share of the cores, and no more than was asked for: two threads on one core wait for each other. What a
+# worker inherits was set here, for the process that starts the workers.
+_share = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+_threads = min(_share, int(os.environ.get("OMP_NUM_THREADS") or _share))
 os.environ["OMP_NUM_THREADS"] = str(_threads)
 
 import hypothesis  # noqa: E402
