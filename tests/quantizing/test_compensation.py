@@ -189,6 +189,15 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was() -> None:
     assert torch.equal(model(batches[0]), y)
 
 
+def test_a_name_that_no_adapter_can_have_leaves_the_model_as_it_was() -> None:
+    model, batches = stack()
+    y = model(batches[0])
+    with pytest.raises(RankfoldError, match="name"):
+        rankfold.quantize(model, Scheme(), compensate=rankfold.LoRC(rank=1), name="no/name")
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert torch.equal(model(batches[0]), y)
+
+
 def test_statistics_are_asked_for_by_the_one_who_needs_them() -> None:
     model, _ = stack()
     with pytest.raises(RankfoldError, match="eora needs statistics"):

@@ -127,8 +127,8 @@ def quantize(
                 report[path] = Quantised(scheme.bits(*W.shape), float(E.norm()) / norm, left)
                 if progress is not None:
                     progress(path)
-    if repair is not None:
-        _attach(model, pairs, name)
+        if repair is not None:
+            _attach(model, pairs, name)
     return report
 
 
