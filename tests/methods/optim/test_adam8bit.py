@@ -4,7 +4,7 @@ from torch import nn
 
 import rankfold
 from rankfold import Adam8bit
-from rankfold.optim._eightbit import codes
+from rankfold.core.eightbit import codes
 from tests.methods.support import draw
 
 
