@@ -194,6 +194,33 @@ def test_scales_get_the_gradient_that_the_formula_has() -> None:
     torch.testing.assert_close(layer.scales.grad, ((c.mT @ x) * whole).sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize("group", [5, "channel", "tensor"])
+@pytest.mark.parametrize("along", ["in", "out"])
+@pytest.mark.parametrize("format", ["int3", "nf4"])
+def test_gradients_of_scales_are_those_of_the_whole_graph(format: Any, along: Any, group: Any) -> None:
+    kind = scheme(format=format, along=along, group=group)
+    _, layer = layer_of(kind)
+    x, c = torch.randn(2, 7, 24), torch.randn(2, 7, 10)
+    other = layer.scales.detach() * 1.5
+    ours, whole = other.clone().requires_grad_(), other.clone().requires_grad_()
+    (layer.multiply(x, ours) * c).sum().backward()
+    W = dequantise(Packed(layer.weight, whole, layer.zeros), (10, 24), kind, torch.float32)
+    y = torch.nn.functional.linear(x, W, layer.bias)
+    (y * c).sum().backward()
+    torch.testing.assert_close(layer.multiply(x, ours), y)
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad, whole.grad)
+
+
+def test_zeros_may_be_any_number() -> None:
+    kind = scheme(format="int2", group="channel", zeros="float32")
+    packed = Packed(pack(torch.tensor([[0, 1, 2, 3]]), kind), torch.tensor([[0.5]]), torch.tensor([[1.25]]))
+    assert dequantise(packed, (1, 4), kind, torch.float32).tolist() == [[-0.625, -0.125, 0.375, 0.875]]
+    assert kind.bits(1, 4) == 2 + 64 / 4
+    whole = quantised(row(-1, 0.2, 0.7, 2), kind)
+    assert torch.equal(whole, quantised(row(-1, 0.2, 0.7, 2), scheme(format="int2", group="channel")))
+
+
 def test_a_state_dict_goes_through_a_file_bit_for_bit() -> None:
     _, layer = layer_of(Scheme(format="int3"))
     _, other = layer_of(Scheme(format="int3"))

@@ -26,8 +26,8 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of E2M1
 class Scheme(BaseModel):
     """How a weight W (out, in) is kept: a code q for each of its numbers, and a scale s for each group of them.
 
-    `int` formats stand for `ŵ = s (q − z)`, with a whole z for each group or, with `symmetric`, the middle of the
-    range; ternary for `s (q − 1)`; `nf4` and `fp4` (E2M1) for `s t_q` with a table t. A group is a run of `group`
+    `int` formats stand for `ŵ = s (q − z)`, with a z for each group (a whole number where `zeros` is uint8) or, with
+    `symmetric`, the middle of the range; ternary for `s (q − 1)`; `nf4` and `fp4` (E2M1) for `s t_q` with a table t. A group is a run of `group`
     numbers along a row (over the inputs) or, with `along="out"`, down a column; the last of a row may be shorter.
     `group="channel"` is a whole row or column, `"tensor"` the whole weight. Codes of a row begin at a byte.
     """
@@ -41,6 +41,7 @@ class Scheme(BaseModel):
     scales: Annotated[Literal["float32", "float16", "bfloat16"], Field(description="dtype that s is kept in")] = (
         "float16"
     )
+    zeros: Annotated[Literal["uint8", "float32", "float16"], Field(description="dtype that z is kept in")] = "uint8"
 
     @model_validator(mode="before")
     @classmethod
@@ -76,12 +77,14 @@ class Scheme(BaseModel):
     def bits(self, out: int, in_: int) -> float:
         """Bits that a number of W takes, scales and zero points counted."""
         rows, _, groups, size = self.layout(out, in_)
-        scale = torch.finfo(getattr(torch, self.scales)).bits + (0 if self.symmetric else 8)
+        scale = 8 * (
+            getattr(torch, self.scales).itemsize + (0 if self.symmetric else getattr(torch, self.zeros).itemsize)
+        )
         return (8 * rows * size + (1 if self.group == "tensor" else rows) * groups * scale) / (out * in_)
 
 
 class Packed(NamedTuple):
-    """A weight as kept: codes (rows, bytes) and zeros (rows, groups) in uint8, or no zeros; scales (rows, groups).
+    """A weight as kept: codes (rows, bytes) in uint8; scales and zeros (rows, groups), or no zeros.
 
     Rows are those of W, or its columns where groups run along these. Per tensor there is one scale (1, 1).
     """
@@ -153,6 +156,13 @@ def spread(per_group: Tensor, n: int, scheme: Scheme) -> Tensor:
     return per_group.repeat_interleave(scheme.group, 1)[:, :n]
 
 
+def totals(M: Tensor, scheme: Scheme) -> Tensor:
+    """What each group of M (rows, n) sums up to: (rows, groups)."""
+    if not isinstance(scheme.group, int):
+        return M.sum().reshape(1, 1) if scheme.group == "tensor" else M.sum(1, keepdim=True)
+    return F.pad(M, (0, -M.shape[1] % scheme.group)).unflatten(1, (-1, scheme.group)).sum(-1)
+
+
 def encode(M: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
     """The codes (rows, n) of the values nearest to M (rows, n); rounding is half to even."""
     s = spread(scales.to(M.dtype), M.shape[1], scheme)
@@ -185,21 +195,27 @@ def dequantise(packed: Packed, shape: tuple[int, int], scheme: Scheme, dtype: to
 
 
 class _Multiply(torch.autograd.Function):
-    """x Ŵᵀ. Nothing but the codes is kept for the backward pass, which dequantises them again."""
+    """x Ŵᵀ. For the backward pass the codes are kept, which it dequantises again, and x where the scales train."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, shape: Any, scheme: Scheme
     ) -> Tensor:
-        ctx.save_for_backward(codes, scales, zeros)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, codes, scales, zeros)
         ctx.shape, ctx.scheme = shape, scheme
         return F.linear(x, dequantise(Packed(codes, scales, zeros), shape, scheme, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,) = grads
-        W = dequantise(Packed(*ctx.saved_tensors), ctx.shape, ctx.scheme, dy.dtype)
-        return dy @ W, None, None, None, None, None
+        (x, codes, scales, zeros), scheme, dx, ds = ctx.saved_tensors, ctx.scheme, None, None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ dequantise(Packed(codes, scales, zeros), ctx.shape, scheme, dy.dtype)
+        if ctx.needs_input_grad[2]:
+            G = dy.flatten(0, -2).mT @ x.flatten(0, -2).to(dy.dtype)
+            units = dequantise(Packed(codes, torch.ones_like(scales), zeros), ctx.shape, scheme, dy.dtype)
+            ds = totals(rows_of(G * units, scheme), scheme).to(scales.dtype)
+        return dx, None, ds, None, None, None
 
 
 class PackedLinear(nn.Linear):
@@ -223,7 +239,8 @@ class PackedLinear(nn.Linear):
         self.weight = nn.Parameter(codes, requires_grad=False)
         scales = torch.empty(per, dtype=getattr(torch, scheme.scales), device=device)
         self.scales = nn.Parameter(scales, requires_grad=False)
-        self.register_buffer("zeros", None if scheme.symmetric else torch.empty(per, dtype=torch.uint8, device=device))
+        zeros = None if scheme.symmetric else torch.empty(per, dtype=getattr(torch, scheme.zeros), device=device)
+        self.register_buffer("zeros", zeros)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
@@ -248,12 +265,13 @@ class PackedLinear(nn.Linear):
         return dequantise(self.packed, (self.out_features, self.in_features), self.scheme, dtype or self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.scales.requires_grad and torch.is_grad_enabled():
-            return F.linear(x, self.dequantise(x.dtype), bias)
+        return self.multiply(x, self.scales)
+
+    def multiply(self, x: Tensor, scales: Tensor) -> Tensor:
+        """The layer's output with these scales in place of its own."""
         shape = (self.out_features, self.in_features)
-        y: Any = _Multiply.apply(x, *self.packed, shape, self.scheme)
-        return y if bias is None else y + bias
+        y: Any = _Multiply.apply(x, self.weight, scales, self.zeros, shape, self.scheme)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.scheme.format}, group={self.scheme.group}"

@@ -38,7 +38,7 @@ def ranges(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         scales = ((high - low) / (scheme.levels - 1)).clamp(min=least).to(dtype)
         zeros = (-low / scales.to(low.dtype)).round().clamp(0, scheme.levels - 1)
-        return scales, zeros.to(torch.uint8)
+        return scales, zeros.to(getattr(torch, scheme.zeros))
     size = groups.abs().mean(-1) if scheme.format == "ternary" else groups.abs().amax(-1)
     most = {"ternary": 1.0, "nf4": 1.0, "fp4": FP4[-1]}.get(scheme.format, scheme.levels / 2 - 1)
     return (size / most).clamp(min=least).to(dtype), None
