@@ -9,10 +9,15 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from rankfold.core import eightbit
+from rankfold.core.activations import FLOATS, Activations, float8, rounded
 from rankfold.errors import RankfoldError
 
-Format = Literal["int8", "int4", "int3", "int2", "ternary", "nf4", "fp4"]
-_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "ternary": 1.6, "nf4": 4, "fp4": 4}
+Format = Literal["int8", "int4", "int3", "int2", "ternary", "nf4", "fp4", "fp4-e3m0", "fp8", "fp8-e5m2"]
+_BITS = {
+    "int8": 8, "int4": 4, "int3": 3, "int2": 2, "ternary": 1.6, "nf4": 4, "fp4": 4, "fp4-e3m0": 4, "fp8": 8,
+    "fp8-e5m2": 8,
+}  # fmt: skip
 _PACK = {8: (1, 1), 4: (2, 1), 3: (8, 3), 2: (4, 1), 1.6: (5, 1)}  # so many codes in so many bytes
 # The 16 quantiles of a normal distribution that QLoRA takes (arXiv 2305.14314), as bitsandbytes rounds them.
 NF4 = (
@@ -21,15 +26,18 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of E2M1
+E3M0 = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 class Scheme(BaseModel):
     """How a weight W (out, in) is kept: a code q for each of its numbers, and a scale s for each group of them.
 
     `int` formats stand for `ŵ = s (q − z)`, with a z for each group (a whole number where `zeros` is uint8) or, with
-    `symmetric`, the middle of the range; ternary for `s (q − 1)`; `nf4` and `fp4` (E2M1) for `s t_q` with a table t. A group is a run of `group`
-    numbers along a row (over the inputs) or, with `along="out"`, down a column; the last of a row may be shorter.
-    `group="channel"` is a whole row or column, `"tensor"` the whole weight. Codes of a row begin at a byte.
+    `symmetric`, the middle of the range; ternary for `s (q − 1)`; `nf4`, `fp4` (E2M1), `fp4-e3m0`, `fp8` (E4M3) and
+    `fp8-e5m2` for `s t_q` with a table t. A group is a run of `group` numbers along a row (over the inputs) or, with
+    `along="out"`, down a column; the last of a row may be shorter. `group="channel"` is a whole row or column,
+    `"tensor"` the whole weight. Codes of a row begin at a byte. `activations` rounds what goes into the layer too,
+    with a scale for each token.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,13 +50,28 @@ class Scheme(BaseModel):
         "float16"
     )
     zeros: Annotated[Literal["uint8", "float32", "float16"], Field(description="dtype that z is kept in")] = "uint8"
+    double: Annotated[
+        bool, Field(description="s in 8 bits itself: less their mean, in blocks of 256, of bitsandbytes' table (QLoRA)")
+    ] = False
+    ordered: Annotated[
+        bool, Field(description="groups are of inputs in an order that the layer keeps, as act_order's")
+    ] = False
+    activations: Annotated[Activations | None, Field(description="8 bits of the inputs")] = None
 
     @model_validator(mode="before")
     @classmethod
     def _only_ints_have_zeros(cls, values: Any) -> Any:
         if isinstance(values, dict) and not str(values.get("format", "int4")).startswith("int"):
             values = {**values, "symmetric": True}
+        if isinstance(values, dict) and values.get("double"):
+            values = {**values, "scales": "float32"}
         return values
+
+    @model_validator(mode="after")
+    def _orders_inputs(self) -> "Scheme":
+        if self.ordered and self.along == "out":
+            raise ValueError('an order of the inputs has a meaning for groups along them only: along="in"')
+        return self
 
     @property
     def levels(self) -> int:
@@ -62,10 +85,13 @@ class Scheme(BaseModel):
 
     @property
     def table(self) -> tuple[float, ...] | None:
-        """t, rising, for formats whose values are not evenly spaced."""
+        """t, for formats whose values are not evenly spaced: rising, or by the bits of a number of 8 bits."""
         if self.format == "nf4":
             return NF4
-        return (*(-t for t in FP4[:0:-1]), 0.0, *FP4) if self.format == "fp4" else None
+        if self.format in FLOATS:
+            return _float8_table(self.format)
+        half = {"fp4": FP4, "fp4-e3m0": E3M0}.get(self.format)
+        return None if half is None else (*(-t for t in half[:0:-1]), 0.0, *half)
 
     def layout(self, out: int, in_: int) -> tuple[int, int, int, int]:
         """Rows of codes, codes of a row, groups of a row (of the whole, per tensor), and bytes of a row."""
@@ -77,21 +103,25 @@ class Scheme(BaseModel):
     def bits(self, out: int, in_: int) -> float:
         """Bits that a number of W takes, scales and zero points counted."""
         rows, _, groups, size = self.layout(out, in_)
-        scale = 8 * (
-            getattr(torch, self.scales).itemsize + (0 if self.symmetric else getattr(torch, self.zeros).itemsize)
-        )
-        return (8 * rows * size + (1 if self.group == "tensor" else rows) * groups * scale) / (out * in_)
+        of_groups = (1 if self.group == "tensor" else rows) * groups
+        per_group = 1 if self.double else getattr(torch, self.scales).itemsize
+        per_group += 0 if self.symmetric else getattr(torch, self.zeros).itemsize
+        blocks = 4 * (1 + math.ceil(of_groups / eightbit.BLOCK)) if self.double else 0
+        order = 4 * in_ if self.ordered else 0
+        return 8 * (rows * size + of_groups * per_group + blocks + order) / (out * in_)
 
 
 class Packed(NamedTuple):
     """A weight as kept: codes (rows, bytes) in uint8; scales and zeros (rows, groups), or no zeros.
 
-    Rows are those of W, or its columns where groups run along these. Per tensor there is one scale (1, 1).
+    Rows are those of W, or its columns where groups run along these. Per tensor there is one scale (1, 1). `order`
+    (in,), where the scheme has one, says which input each column of the codes is.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    order: Tensor | None = None
 
 
 # ---- codes in bytes
@@ -166,6 +196,8 @@ def totals(M: Tensor, scheme: Scheme) -> Tensor:
 def encode(M: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
     """The codes (rows, n) of the values nearest to M (rows, n); rounding is half to even."""
     s = spread(scales.to(M.dtype), M.shape[1], scheme)
+    if scheme.format in FLOATS:
+        return float8(M / s, scheme.format).view(torch.uint8)
     if scheme.table is not None:
         t = torch.tensor(scheme.table, dtype=M.dtype, device=M.device)
         return torch.bucketize((M / s).contiguous(), (t[1:] + t[:-1]) / 2).to(torch.uint8)
@@ -188,7 +220,31 @@ def decode(q: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme, dtyp
 def dequantise(packed: Packed, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> Tensor:
     """Ŵ (out, in)."""
     n = scheme.layout(*shape)[1]
-    return rows_of(decode(unpack(packed.codes, n, scheme), packed.scales, packed.zeros, scheme, dtype), scheme)
+    W = rows_of(decode(unpack(packed.codes, n, scheme), packed.scales, packed.zeros, scheme, dtype), scheme)
+    return W if packed.order is None else W[:, packed.order.argsort()]
+
+
+@functools.lru_cache(maxsize=2)
+def _float8_table(kind: str) -> tuple[float, ...]:
+    return tuple(torch.arange(256, dtype=torch.uint8).view(FLOATS[kind]).float().tolist())
+
+
+# ---- scales in 8 bits
+
+
+def halve(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales as bytes, and in float32 (1 + blocks,) their mean and the largest distance from it in each 256."""
+    mean = scales.float().mean()
+    flat = scales.float().flatten() - mean
+    codes, blocks = torch.empty_like(flat, dtype=torch.uint8), flat.new_empty(math.ceil(len(flat) / eightbit.BLOCK))
+    eightbit.quantise(flat, codes, blocks, signed=True)
+    return codes.view(scales.shape), torch.cat([mean[None], blocks])
+
+
+def whole(codes: Tensor, blocks: Tensor) -> Tensor:
+    """The scales that `halve` kept."""
+    wide = eightbit.dequantise(codes.flatten(), blocks[1:], True, blocks.dtype)
+    return (wide + blocks[0]).view(codes.shape)
 
 
 # ---- the layer
@@ -221,12 +277,15 @@ class _Multiply(torch.autograd.Function):
 class PackedLinear(nn.Linear):
     """A linear layer over a packed weight: `weight` holds the codes, `scales` and `zeros` what the groups have.
 
-    All three are in its state_dict. It has no float weight at any time but for the length of a product. Gradients
-    reach its input, and its scales where these require them.
+    All three are in its state_dict; with a double scheme `scales` are bytes, and `blocks` what these stand for; with
+    an ordered one `order` too. It has no float weight at any time but for the length of a product. Gradients reach
+    its input, and its scales where these require them.
     """
 
     scales: nn.Parameter
     zeros: Tensor | None
+    blocks: Tensor | None
+    order: Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, scheme: Scheme, bias: bool, dtype: torch.dtype, device: Any
@@ -237,8 +296,12 @@ class PackedLinear(nn.Linear):
         per = (1 if scheme.group == "tensor" else rows, groups)
         codes = torch.empty(rows, size, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        scales = torch.empty(per, dtype=getattr(torch, scheme.scales), device=device)
-        self.scales = nn.Parameter(scales, requires_grad=False)
+        kept = torch.uint8 if scheme.double else getattr(torch, scheme.scales)
+        self.scales = nn.Parameter(torch.empty(per, dtype=kept, device=device), requires_grad=False)
+        blocks = 1 + math.ceil(math.prod(per) / eightbit.BLOCK)
+        self.register_buffer("blocks", torch.empty(blocks, device=device) if scheme.double else None)
+        order = torch.empty(in_features, dtype=torch.int32, device=device) if scheme.ordered else None
+        self.register_buffer("order", order)
         zeros = None if scheme.symmetric else torch.empty(per, dtype=getattr(torch, scheme.zeros), device=device)
         self.register_buffer("zeros", zeros)
         self.register_parameter(
@@ -249,7 +312,11 @@ class PackedLinear(nn.Linear):
     def of(cls, layer: nn.Linear, packed: Packed, scheme: Scheme) -> "PackedLinear":
         """The layer with a packed weight in place of its own; the bias is the same parameter."""
         made = cls(layer.in_features, layer.out_features, scheme, False, layer.weight.dtype, "meta")
-        for name, tensor in (("weight", packed.codes), ("scales", packed.scales)):
+        if scheme.ordered and packed.order is None:
+            raise RankfoldError("this quantiser takes inputs as they stand: gptq with act_order has an ordered scheme")
+        scales, made.blocks = halve(packed.scales) if scheme.double else (packed.scales, None)
+        made.order = packed.order
+        for name, tensor in (("weight", packed.codes), ("scales", scales)):
             if tensor.shape != getattr(made, name).shape or tensor.dtype != getattr(made, name).dtype:
                 raise RankfoldError(f"{name} of {tuple(tensor.shape)} are not those of {scheme} for {layer}")
             setattr(made, name, nn.Parameter(tensor, requires_grad=False))
@@ -258,18 +325,21 @@ class PackedLinear(nn.Linear):
 
     @property
     def packed(self) -> Packed:
-        return Packed(self.weight, self.scales, self.zeros)
+        scales = self.scales if self.blocks is None else whole(self.scales, self.blocks)
+        return Packed(self.weight, scales, self.zeros, self.order)
 
     def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
         """Ŵ (out, in), in the dtype of the weight that was packed."""
         return dequantise(self.packed, (self.out_features, self.in_features), self.scheme, dtype or self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.scales)
+        return self.multiply(x, self.packed.scales)
 
     def multiply(self, x: Tensor, scales: Tensor) -> Tensor:
         """The layer's output with these scales in place of its own."""
         shape = (self.out_features, self.in_features)
+        x = rounded(x, self.scheme.activations)
+        x = x if self.order is None else x[..., self.order]
         y: Any = _Multiply.apply(x, self.weight, scales, self.zeros, shape, self.scheme)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
