@@ -158,10 +158,10 @@ def test_a_block_sees_what_the_quantised_ones_before_it_give(skip: bool) -> None
     model, batches = stack(skip=skip)
     paths = [f"blocks.{i}.{name}" for i in range(3) for name in ("up", "down")]
     float_model = calibrate(model, batches, [InputCovariance()], paths).get(InputCovariance(), "blocks.2.up")
-    for names, found in by_block(model, batches, [InputCovariance()], paths):
-        seen = found.get(InputCovariance(), "up")
+    for window in by_block(model, batches, paths):
+        seen = window.collect([InputCovariance()]).get(InputCovariance(), window.due[0])
         with torch.no_grad():
-            for path in names.values():
+            for path in window.due:
                 layer = model.get_submodule(path)
                 layer.weight.mul_(1.5)  # type: ignore[operator]
     for path in ("blocks.2.up", "blocks.2.down"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankfold.core.attach import attach
 from rankfold.core.calibration import Calibration, Statistic
-from rankfold.core.calibration.blocks import by_block
+from rankfold.core.calibration.blocks import Window, by_block
 from rankfold.core.component import Component, build
 from rankfold.core.layers import Adapted
 from rankfold.core.linalg import svd
@@ -21,9 +21,10 @@ from rankfold.errors import RankfoldError, UnsupportedError
 
 
 class Quantizer(Component):
-    """Finds codes and scales of a weight: `quantise(W, scheme, statistics, site)`, W (out, in) in float32 or float64.
+    """Finds codes and scales of weights.
 
-    `needs` names the statistics of the site that it reads.
+    One that takes each layer by itself is a `quantise`, and `needs` names the statistics that it reads. One that tries
+    what blocks give says in `span` how many it runs at a time, and has its own `pack`.
     """
 
     axis: ClassVar[str] = "quantizers"
@@ -31,8 +32,22 @@ class Quantizer(Component):
     def needs(self) -> tuple[Statistic[Any], ...]:
         return ()
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """How many blocks in a row are run at a time, and how many of them again in the next run; 0 for none."""
+        return 0, 0
+
     def quantise(self, W: Tensor, scheme: Scheme, statistics: Calibration | None, site: str) -> Packed:
+        """W (out, in), in float32 or float64."""
         raise NotImplementedError
+
+    def pack(self, window: Window, scheme: Scheme) -> Iterator[tuple[str, Packed, Scheme]]:
+        """The weight of each of the window's layers that are `due`, by path, with the scheme that it is kept in.
+
+        As soon as one is given it stands in its place: what the window's blocks give then is what they give with it.
+        """
+        for path in window.due:
+            yield path, self.quantise(weight(window.layers[path]), scheme, window.statistics, path), scheme
 
 
 class Compensation(Component):
@@ -48,6 +63,12 @@ class Compensation(Component):
     def factors(self, E: Tensor, statistics: Calibration | None, site: str) -> tuple[Tensor, Tensor]:
         """B (out, r) and A (r, in)."""
         raise NotImplementedError
+
+
+def weight(layer: nn.Linear) -> Tensor:
+    """W (out, in), in float32, or float64 where it has that."""
+    W = layer.weight.detach()
+    return W if W.dtype == torch.float64 else W.float()
 
 
 def whitened(E: Tensor, rank: int, S: Tensor | None = None, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,19 +133,17 @@ def quantize(
     report: dict[str, Quantised] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad(), _as_it_was(model) as exchange:
-        for names, statistics in _statistics(model, rule, repair, list(layers), calibration):
-            for site, path in names.items():
+        for window in _windows(model, rule, repair, layers, calibration):
+            for path, packed, kept in rule.pack(window, scheme):
                 layer = layers[path]
-                W = layer.weight.detach()
-                W = W if W.dtype == torch.float64 else W.float()
-                packed = PackedLinear.of(layer, rule.quantise(W, scheme, statistics, site), scheme)
-                E = W - packed.dequantise(W.dtype)
+                W, made = weight(layer), PackedLinear.of(layer, packed, kept)
+                E = W - made.dequantise(W.dtype)
                 left, norm = None, max(float(W.norm()), torch.finfo(W.dtype).tiny)
                 if repair is not None:
-                    B, A = pairs[path] = repair.factors(E, statistics, site)
+                    B, A = pairs[path] = repair.factors(E, window.statistics, path)
                     left = float((E - B @ A).norm()) / norm
-                exchange(layer, packed, pairs.get(path))
-                report[path] = Quantised(scheme.bits(*W.shape), float(E.norm()) / norm, left)
+                exchange(layer, made, pairs.get(path))
+                report[path] = Quantised(made.scheme.bits(*W.shape), float(E.norm()) / norm, left)
                 if progress is not None:
                     progress(path)
         if repair is not None:
@@ -152,23 +171,31 @@ def _check(path: str, layer: Any) -> None:
         raise RankfoldError(f"the weight of {path} holds NaN or infinity: no scale fits it")
 
 
-def _statistics(
+def _windows(
     model: nn.Module,
     rule: Quantizer,
     repair: Compensation | None,
-    paths: list[str],
+    layers: dict[str, Any],
     calibration: Calibration | Iterable[Any] | None,
-) -> Iterator[tuple[dict[str, str], Calibration | None]]:
-    """Groups of layers, by their names in the statistics that both read."""
+) -> Iterator[Window]:
+    """Groups of layers, with the statistics that both read."""
     needs = (*rule.needs(), *(() if repair is None else repair.needs()))
-    who = rule.slug if rule.needs() or repair is None else repair.slug
-    if not needs and calibration is not None:
+    size, overlap = rule.span
+    who = rule.slug if rule.needs() or size or repair is None else repair.slug
+    if not needs and not size and calibration is not None:
         raise RankfoldError(f"calibration= was given, but {who} needs no statistics")
-    if needs and calibration is None:
+    if (needs or size) and calibration is None:
         raise RankfoldError(f"{who} needs statistics of the data: quantize(..., calibration=batches)")
+    if size and isinstance(calibration, Calibration):
+        raise RankfoldError(f"{rule.slug} runs the blocks: quantize(..., calibration=batches), not their statistics")
     if calibration is None or isinstance(calibration, Calibration):
-        return iter([({path: path for path in paths}, calibration)])
-    return by_block(model, calibration, needs, paths)
+        for path, layer in layers.items():
+            yield Window(model, {path: layer}, [path], statistics=calibration)
+        return
+    for window in by_block(model, calibration, list(layers), size or 1, overlap, exact=size > 0):
+        if needs:
+            window.statistics = window.collect(needs)
+        yield window
 
 
 @contextmanager

@@ -22,8 +22,9 @@ class GPTQ(Quantizer):
 
     with H⁻¹ = UᵀU after damping by `damping` of the mean of H's diagonal. Q has the scales of `rtn`, taken from the
     weights as they are when the group begins; in the published code they see the feedback of earlier blocks of 128
-    columns only. `act_order` takes columns with large inputs first; then, and with `static_groups`, scales are those of
-    the weights before any feedback. Groups down a column get their scales when the column's turn comes.
+    columns only. Groups down a column get theirs when the column's turn comes. `act_order` takes columns with large
+    inputs first; then in groups along the rows, and with `static_groups` in all, scales are those of the weights before
+    any feedback.
     """
 
     slug: ClassVar[str] = "gptq"
@@ -51,7 +52,7 @@ class GPTQ(Quantizer):
         codes = torch.empty(scheme.layout(*W.shape)[:2], dtype=torch.uint8, device=W.device)
         order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H))
         places = order.tolist()
-        static = self.act_order or self.static_groups or scheme.group == "tensor"
+        static = self.static_groups or scheme.group == "tensor" or (self.act_order and scheme.along == "in")
 
         def along_rows(j: int, M: Tensor) -> Tensor:
             """A column crosses every row: each has its scale, from the group that the column is in."""

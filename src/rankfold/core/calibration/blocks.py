@@ -1,9 +1,13 @@
-"""Statistics block by block, where what is done to a block changes what the next ones see."""
+"""Blocks of a model in turn, alone on what they are called with: where a change of one changes what the next ones see.
+
+`by_block` goes through them; each step is a `Window` of one block or of several in a row. It knows the layers in it,
+collects statistics of them, runs, and shows what any module in it is called with.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,90 +18,198 @@ from rankfold.core.calibration.layers import forward, to_device
 from rankfold.core.calibration.statistics import Statistic
 from rankfold.core.calibration.surroundings import at_rest
 from rankfold.core.targets import layer_of
+from rankfold.errors import RankfoldError
+
+
+class Seen(NamedTuple):
+    """One call of a module: its arguments, and the tensor it gave (the first of several)."""
+
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+    y: Tensor
+
+    def again(self, module: nn.Module) -> Tensor:
+        return _tensor(module(*self.args, **self.named))
 
 
 @dataclass
-class _Call:
-    """What a block was called with: its hidden states x, the rest of the arguments, and the masks of the batch."""
+class Call:
+    """What a batch calls blocks in a row with: hidden states for the first one, and for each its other arguments.
 
-    x: Tensor
-    rest: tuple[Any, ...]
-    named: dict[str, Any]
+    `x` are the hidden states that the model gives by now, `exact` those of the model as it was before any change. Both
+    are None where the block is the whole model, all of whose arguments are others.
+    """
+
+    x: Tensor | None
+    exact: Tensor | None
+    others: list[tuple[tuple[Any, ...], dict[str, Any]]]
     masks: dict[str, Any]
 
-    def run(self, block: nn.Module) -> Tensor:
-        y = block(self.x, *self.rest, **self.named)
-        return y if isinstance(y, Tensor) else y[0]
+
+@dataclass
+class Window:
+    """Blocks in a row, with those of their `layers` that were asked for, by path.
+
+    Those in `due` are in no later window. In `carried` tensors go on to the next window. Without batches there are no
+    blocks.
+    """
+
+    model: nn.Module
+    layers: dict[str, Any]
+    due: list[str]
+    blocks: list[nn.Module] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    statistics: Calibration | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self, call: Call, x: Tensor | None = None, blocks: int | None = None) -> Tensor:
+        """What the blocks, or the first few, give for that call, on x if given and else on `call.x`."""
+        x = call.x if x is None else x
+        for block, (args, named) in zip(self.blocks[:blocks], call.others, strict=False):
+            x = _tensor(block(*args, **named) if x is None else block(x, *args, **named))
+        assert x is not None
+        return x
+
+    def at_rest(self) -> Any:
+        """A context for `run`: eval mode, without a cache of keys and values, which a second run would make longer."""
+        return _at_rest(self.model)
+
+    def collect(self, statistics: Sequence[Statistic[Any]]) -> Calibration:
+        """Statistics of the window's layers, as its blocks are now."""
+        given = [{**call.masks, "call": call} for call in self.calls]
+        return calibrate(self.model, given, statistics, list(self.layers), loss=lambda _, one: self.run(one["call"]))
+
+    def enclosing(self, path: str) -> nn.Module:
+        """The module that a layer is a part of: attention, feed-forward, or the block itself."""
+        return self.model.get_submodule(path.rpartition(".")[0])
+
+    def seen(self, module: nn.Module) -> list[Seen]:
+        """All calls of a module within, as the window is now."""
+        found: list[Seen] = []
+        with self.at_rest():
+            for call in self.calls:
+                with _recorded([module]) as (calls,):
+                    self.run(call)
+                found += calls
+        return found
 
 
 def by_block(
-    model: nn.Module, batches: Iterable[Any], statistics: Sequence[Statistic[Any]], paths: Sequence[str]
-) -> Iterator[tuple[dict[str, str], Calibration]]:
-    """For each repeated block of the model in turn: the paths that are in it, by their names in the calibration.
+    model: nn.Module,
+    batches: Iterable[Any],
+    paths: Sequence[str],
+    size: int = 1,
+    overlap: int = 0,
+    *,
+    exact: bool = False,
+) -> Iterator[Window]:
+    """The blocks that hold these layers, in windows of `size` that share `overlap` blocks with the next one.
 
-    A block sees what the blocks before it give by now: change one before asking for the next. Within a block statistics
-    are those of the model as it is then; layers in no block come first. Where each block's input is the output of the
-    one before, blocks run alone, else the model runs for each.
+    A block sees what the blocks before it give by now: change one before asking for the next. Layers in no block come
+    first, with the model itself as the block. Where each block's input is not the output of the one before, windows
+    are of one block, for which the model runs each time. With `exact` what the unchanged blocks give goes along.
     """
     batches, blocks = list(batches), dict[str, list[str]]()
+    if not batches:
+        raise RankfoldError("the calibration batches are empty (is the iterator used up?)")
     for path in paths:
         block = layer_of(f"{path}.")
         blocks.setdefault("" if block is None or block == path else block, []).append(path)
     if outside := blocks.pop("", []):
-        yield {path: path for path in outside}, calibrate(model, batches, statistics, outside)
+        layers = {path: model.get_submodule(path) for path in outside}
+        yield Window(model, layers, outside, [model], [_whole(model, batch) for batch in batches])
     stacks: dict[str, list[str]] = {}
     for block in blocks:
         stacks.setdefault(block.rpartition(".")[0], []).append(block)
     for stack in stacks.values():
-        calls: list[list[_Call]] = []  # of each block that is to come
-        for i, block in enumerate(stack):
-            module, names = model.get_submodule(block), {path.removeprefix(f"{block}."): path for path in blocks[block]}
-            if not calls:
-                calls = _calls(model, [model.get_submodule(later) for later in stack[i:]], batches)
-            own = calls.pop(0)
-            given = [{**call.masks, "call": call} for call in own]
-            yield names, calibrate(module, given, statistics, list(names), loss=lambda m, batch: batch["call"].run(m))
-            if calls:
-                with _at_rest(module):
-                    for call, later in zip(own, calls[0], strict=True):
-                        later.x = call.run(module)
+        calls: list[Call] = []
+        carried: dict[str, Tensor] = {}
+        while stack:
+            if not calls or not calls[0].others:
+                calls = _calls(model, [model.get_submodule(block) for block in stack], batches)
+            here = stack[: min(size, len(calls[0].others))]
+            leaving = len(here) if len(here) in (len(stack), len(calls[0].others)) else max(1, len(here) - overlap)
+            layers = {path: model.get_submodule(path) for block in here for path in blocks[block]}
+            due = [path for block in here[:leaving] for path in blocks[block]]
+            modules = [model.get_submodule(block) for block in here]
+            window = Window(model, layers, due, modules, calls, carried=carried)
+            going_on = leaving < len(calls[0].others)
+            if exact and going_on:
+                with window.at_rest():
+                    exacts = [window.run(call, call.exact, leaving) for call in calls]
+            yield window
+            carried = window.carried
+            if going_on:
+                with window.at_rest():
+                    for i, call in enumerate(calls):
+                        call.x = window.run(call, blocks=leaving)
+                        call.exact = exacts[i] if exact else call.x
+            for call in calls:
+                del call.others[:leaving]
+            stack = stack[leaving:]
 
 
-def _calls(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Any]) -> list[list[_Call]]:
-    """Each batch's call of each block; of the first block alone where the next ones do not see its output."""
-    calls: list[list[_Call]] = [[] for _ in blocks]
-    inputs: dict[int, Tensor] = {}
-    outputs: dict[int, Tensor] = {}
+def _whole(model: nn.Module, given: Any) -> Call:
+    """The batch as a call of the model."""
+    batch = to_device(given, next(model.parameters()).device)
+    if isinstance(batch, Mapping):
+        return Call(None, None, [((), dict(batch))], _masks(batch))
+    return Call(None, None, [(tuple(batch) if isinstance(batch, list) else (batch,), {})], {})
 
-    def before(i: int, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        first, *rest = args or (named["hidden_states"],)
-        named = named if args else {key: value for key, value in named.items() if key != "hidden_states"}
-        inputs[i] = first
-        # Of later blocks only the other arguments are kept: what they will see is yet to be.
-        calls[i].append(_Call(first if i == 0 else first.new_empty(0), tuple(rest), named, masks))
 
-    def behind(i: int, y: Any) -> None:
-        outputs[i] = y if isinstance(y, Tensor) else y[0]
-
-    hooks = []
-    for i, block in enumerate(blocks):
-        hooks += [
-            block.register_forward_pre_hook(lambda _, args, named, i=i: before(i, args, named), with_kwargs=True),
-            block.register_forward_hook(lambda _, args, y, i=i: behind(i, y)),
-        ]
+def _calls(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Any]) -> list[Call]:
+    """Each batch's call of the blocks in a row; of the first block alone where the next ones do not see its output."""
+    calls: list[Call] = []
+    alone: list[Call] = []
     chained, device = True, next(model.parameters()).device
+    for given in batches:
+        batch = to_device(given, device)
+        masks = _masks(batch)
+        with _at_rest(model), _recorded(blocks) as seen:
+            forward(model, batch)
+        split = [[_split(one) for one in block] for block in seen]
+        chained &= all(len(block) == 1 for block in seen)
+        chained = chained and all(later[0][0] is block[0].y for block, later in zip(seen, split[1:], strict=False))
+        alone += [Call(x, x, [others], masks) for x, others in split[0]]
+        if chained:
+            x = split[0][0][0]
+            calls.append(Call(x, x, [block[0][1] for block in split], masks))
+    return calls if chained else alone
+
+
+def _split(seen: Seen) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The hidden states, and the other arguments."""
+    if seen.args:
+        return seen.args[0], (seen.args[1:], seen.named)
+    return seen.named["hidden_states"], ((), {k: v for k, v in seen.named.items() if k != "hidden_states"})
+
+
+def _masks(batch: Any) -> dict[str, Any]:
+    told = batch if isinstance(batch, Mapping) else {}
+    return {key: value for key, value in told.items() if key == "labels" or key.endswith("attention_mask")}
+
+
+def _tensor(y: Any) -> Tensor:
+    if isinstance(y, Tensor):
+        return y
+    return next(iter(y.values())) if isinstance(y, Mapping) else y[0]
+
+
+@contextmanager
+def _recorded(modules: Sequence[nn.Module]) -> Iterator[list[list[Seen]]]:
+    """What each module is called with and gives, meanwhile."""
+    seen: list[list[Seen]] = [[] for _ in modules]
+    hooks = [
+        module.register_forward_hook(
+            lambda _, args, named, y, there=there: there.append(Seen(args, named, _tensor(y))), with_kwargs=True
+        )
+        for module, there in zip(modules, seen, strict=True)
+    ]
     try:
-        for given in batches:
-            batch = to_device(given, device)
-            told = batch if isinstance(batch, Mapping) else {}
-            masks = {key: value for key, value in told.items() if key == "labels" or key.endswith("attention_mask")}
-            with _at_rest(model):
-                forward(model, batch)
-            chained &= all(inputs[i + 1] is outputs[i] for i in range(len(blocks) - 1))
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()
-    return calls if chained else calls[:1]
 
 
 @contextmanager
