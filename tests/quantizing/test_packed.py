@@ -17,7 +17,7 @@ from rankfold.quantizers._quantizer import quantize
 from rankfold.quantizers.rtn import RTN, ranges
 from tests.methods.support import draw
 
-FORMATS = ("int8", "int4", "int3", "int2", "ternary", "nf4", "fp4")
+FORMATS = ("int8", "int4", "int3", "int2", "ternary", "nf4", "fp4", "fp4-e3m0", "fp8", "fp8-e5m2")
 
 
 def scheme(**values: Any) -> Scheme:
@@ -39,7 +39,7 @@ def test_codes_come_back_from_bytes_and_take_their_bits(format: Any, n: int) -> 
     q = torch.randint(kind.levels, (3, n), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
     data = pack(q, kind)
     assert torch.equal(unpack(data, n, kind), q)
-    bits = {"int8": 8, "int3": 3, "int2": 2, "ternary": 1.6}.get(format, 4)
+    bits = {"int8": 8, "int3": 3, "int2": 2, "ternary": 1.6, "fp8": 8, "fp8-e5m2": 8}.get(format, 4)
     assert data.shape == (3, kind.layout(3, n)[3])
     if n == 40:
         assert data.numel() * 8 == 3 * 40 * bits
@@ -110,7 +110,11 @@ def test_no_number_that_is_in_range_is_off_by_more_than_half_a_step(symmetric: b
         steps[:, g] = packed.scales[:, place].double()
     assert ((once - W).abs() <= 0.5001 * (steps if along == "in" else steps.mT)).all()
     again = decode(
-        encode(once if along == "in" else once.mT, packed.scales, packed.zeros, kind), *packed[1:], kind, W.dtype
+        encode(once if along == "in" else once.mT, packed.scales, packed.zeros, kind),
+        packed.scales,
+        packed.zeros,
+        kind,
+        W.dtype,
     )
     torch.testing.assert_close(again if along == "in" else again.mT, once, rtol=0, atol=1e-12)
 

@@ -56,6 +56,7 @@ class Scheme(BaseModel):
     ordered: Annotated[
         bool, Field(description="groups are of inputs in an order that the layer keeps, as act_order's")
     ] = False
+    balanced: Annotated[bool, Field(description="inputs are divided by numbers that the layer keeps, as AWQ's")] = False
     activations: Annotated[Activations | None, Field(description="8 bits of the inputs")] = None
 
     @model_validator(mode="before")
@@ -107,21 +108,23 @@ class Scheme(BaseModel):
         per_group = 1 if self.double else getattr(torch, self.scales).itemsize
         per_group += 0 if self.symmetric else getattr(torch, self.zeros).itemsize
         blocks = 4 * (1 + math.ceil(of_groups / eightbit.BLOCK)) if self.double else 0
-        order = 4 * in_ if self.ordered else 0
-        return 8 * (rows * size + of_groups * per_group + blocks + order) / (out * in_)
+        of_inputs = 4 * in_ * (self.ordered + self.balanced)
+        return 8 * (rows * size + of_groups * per_group + blocks + of_inputs) / (out * in_)
 
 
 class Packed(NamedTuple):
     """A weight as kept: codes (rows, bytes) in uint8; scales and zeros (rows, groups), or no zeros.
 
     Rows are those of W, or its columns where groups run along these. Per tensor there is one scale (1, 1). `order`
-    (in,), where the scheme has one, says which input each column of the codes is.
+    (in,), where the scheme has one, says which input each column of the codes is; `balance` (in,), in float32, what
+    each input is divided by, its column having been multiplied by that before it was rounded.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     order: Tensor | None = None
+    balance: Tensor | None = None
 
 
 # ---- codes in bytes
@@ -221,7 +224,8 @@ def dequantise(packed: Packed, shape: tuple[int, int], scheme: Scheme, dtype: to
     """Ŵ (out, in)."""
     n = scheme.layout(*shape)[1]
     W = rows_of(decode(unpack(packed.codes, n, scheme), packed.scales, packed.zeros, scheme, dtype), scheme)
-    return W if packed.order is None else W[:, packed.order.argsort()]
+    W = W if packed.order is None else W[:, packed.order.argsort()]
+    return W if packed.balance is None else W / packed.balance.to(dtype)
 
 
 @functools.lru_cache(maxsize=2)
@@ -278,14 +282,15 @@ class PackedLinear(nn.Linear):
     """A linear layer over a packed weight: `weight` holds the codes, `scales` and `zeros` what the groups have.
 
     All three are in its state_dict; with a double scheme `scales` are bytes, and `blocks` what these stand for; with
-    an ordered one `order` too. It has no float weight at any time but for the length of a product. Gradients reach
-    its input, and its scales where these require them.
+    an ordered one `order` too, with a balanced one `balance`. It has no float weight at any time but for the length
+    of a product. Gradients reach its input, and its scales where these require them.
     """
 
     scales: nn.Parameter
     zeros: Tensor | None
     blocks: Tensor | None
     order: Tensor | None
+    balance: Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, scheme: Scheme, bias: bool, dtype: torch.dtype, device: Any
@@ -302,6 +307,7 @@ class PackedLinear(nn.Linear):
         self.register_buffer("blocks", torch.empty(blocks, device=device) if scheme.double else None)
         order = torch.empty(in_features, dtype=torch.int32, device=device) if scheme.ordered else None
         self.register_buffer("order", order)
+        self.register_buffer("balance", torch.empty(in_features, device=device) if scheme.balanced else None)
         zeros = None if scheme.symmetric else torch.empty(per, dtype=getattr(torch, scheme.zeros), device=device)
         self.register_buffer("zeros", zeros)
         self.register_parameter(
@@ -314,8 +320,10 @@ class PackedLinear(nn.Linear):
         made = cls(layer.in_features, layer.out_features, scheme, False, layer.weight.dtype, "meta")
         if scheme.ordered and packed.order is None:
             raise RankfoldError("this quantiser takes inputs as they stand: gptq with act_order has an ordered scheme")
+        if scheme.balanced and packed.balance is None:
+            raise RankfoldError("this quantiser takes inputs as they are: only awq's and cbq's schemes are balanced")
         scales, made.blocks = halve(packed.scales) if scheme.double else (packed.scales, None)
-        made.order = packed.order
+        made.order, made.balance = packed.order, packed.balance
         for name, tensor in (("weight", packed.codes), ("scales", scales)):
             if tensor.shape != getattr(made, name).shape or tensor.dtype != getattr(made, name).dtype:
                 raise RankfoldError(f"{name} of {tuple(tensor.shape)} are not those of {scheme} for {layer}")
@@ -326,7 +334,7 @@ class PackedLinear(nn.Linear):
     @property
     def packed(self) -> Packed:
         scales = self.scales if self.blocks is None else whole(self.scales, self.blocks)
-        return Packed(self.weight, scales, self.zeros, self.order)
+        return Packed(self.weight, scales, self.zeros, self.order, self.balance)
 
     def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
         """Ŵ (out, in), in the dtype of the weight that was packed."""
@@ -338,6 +346,7 @@ class PackedLinear(nn.Linear):
     def multiply(self, x: Tensor, scales: Tensor) -> Tensor:
         """The layer's output with these scales in place of its own."""
         shape = (self.out_features, self.in_features)
+        x = x if self.balance is None else x / self.balance.to(x.dtype)
         x = rounded(x, self.scheme.activations)
         x = x if self.order is None else x[..., self.order]
         y: Any = _Multiply.apply(x, self.weight, scales, self.zeros, shape, self.scheme)

@@ -1,12 +1,13 @@
 """Round to nearest: every weight by itself to the nearest value of a grid that its group's extremes fix."""
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from rankfold.core.calibration import Calibration
-from rankfold.core.packed import FP4, Packed, Scheme, encode, grouped, pack, rows_of
+from rankfold.core.packed import Packed, Scheme, encode, grouped, pack, rows_of
 from rankfold.quantizers._quantizer import Quantizer
 
 
@@ -15,7 +16,7 @@ class RTN(Quantizer):
 
         asymmetric   s = (max − min) / (2ᵇ − 1),  z = round(−min / s),  q = clamp(round(w / s) + z, 0, 2ᵇ − 1)
         symmetric    s = max|w| / (2ᵇ⁻¹ − 1),  z = 2ᵇ⁻¹
-        ternary      s = mean|w|        nf4   s = max|w|        fp4   s = max|w| / 6
+        ternary      s = mean|w|        nf4, fp4, fp8, ...   s = max|w| / max|t|, t the format's numbers
 
     Codes are chosen for the scales as they are kept. A group of zeros has the smallest scale there is.
     """
@@ -40,5 +41,7 @@ def ranges(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
         zeros = (-low / scales.to(low.dtype)).round().clamp(0, scheme.levels - 1)
         return scales, zeros.to(getattr(torch, scheme.zeros))
     size = groups.abs().mean(-1) if scheme.format == "ternary" else groups.abs().amax(-1)
-    most = {"ternary": 1.0, "nf4": 1.0, "fp4": FP4[-1]}.get(scheme.format, scheme.levels / 2 - 1)
+    most = 1.0 if scheme.format == "ternary" else scheme.levels / 2 - 1
+    if scheme.table is not None:
+        most = max(abs(t) for t in scheme.table if math.isfinite(t))
     return (size / most).clamp(min=least).to(dtype), None
