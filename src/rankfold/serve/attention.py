@@ -1,0 +1,190 @@
+"""Attention over paged keys and values, as one of Transformers' attention implementations.
+
+A forward has N rows of one token each, of any requests: what a row attends to is said by its request's pages, and not
+by a mask. Importing this registers the implementation `rankfold_paged`.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from rankfold.errors import RankfoldError, UnsupportedError
+from rankfold.serve.pool import Pool, Table
+
+NAME = "rankfold_paged"
+
+
+class _Decodes:
+    """Requests that add one token each, of about equally many before it: `at` their places in the step."""
+
+    def __init__(self, at: list[int], tables: Sequence[Table], pool: Pool):
+        lengths = torch.tensor([table.length for table in tables])
+        self.at = torch.tensor(at)
+        width = int(lengths.max())
+        pages = torch.tensor(
+            [table.pages + table.pages[:1] * (-(-width // pool.block) - len(table.pages)) for table in tables]
+        )
+        token = torch.arange(width)
+        token = torch.where(token < lengths[:, None], token, 0)  # a row that is there stands in for those that are not
+        self.rows = pool.row(pages.gather(1, token // pool.block), token % pool.block)
+        self._lengths, self._masks = lengths, dict[int | None, Tensor | None]()
+
+    def to(self, device: torch.device) -> "_Decodes":
+        self.at, self.rows, self._lengths = (t.to(device) for t in (self.at, self.rows, self._lengths))
+        return self
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Which of the rows each request attends to, (n, 1, 1, rows); None for all."""
+        if window not in self._masks:
+            token, ends = torch.arange(self.rows.shape[1], device=self.rows.device), self._lengths[:, None]
+            seen = token < ends
+            if window is not None:
+                seen &= token >= ends - window
+            self._masks[window] = None if bool(seen.all()) else seen[:, None, None]
+        return self._masks[window]
+
+
+class _Prefill:
+    """Several consecutive tokens of one request, at `start` to `stop` of the step."""
+
+    def __init__(self, start: int, stop: int, table: Table, pool: Pool):
+        token = torch.arange(table.length)
+        self.start, self.stop = start, stop
+        self.rows = pool.row(torch.tensor(table.pages)[token // pool.block], token % pool.block)
+        self._masks = dict[int | None, Tensor | None]()
+
+    def to(self, device: torch.device) -> "_Prefill":
+        self.rows = self.rows.to(device)
+        return self
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """(tokens, rows); None where the first token of the request is here and attention is simply causal."""
+        if window not in self._masks:
+            n, total = self.stop - self.start, len(self.rows)
+            mask = None
+            if n < total or (window is not None and window < total):
+                own = torch.arange(total - n, total, device=self.rows.device)[:, None]
+                token = torch.arange(total, device=self.rows.device)
+                mask = token <= own
+                if window is not None:
+                    mask &= token > own - window
+            self._masks[window] = mask
+        return self._masks[window]
+
+
+class Step:
+    """What one forward does: for each request, in the order of its rows, its table (grown already) and new tokens."""
+
+    def __init__(self, pool: Pool, tables: Sequence[Table], new: Sequence[int]):
+        self.pool, device = pool, pool.rows.device
+        positions, rows, self._parts, decodes = [], [], list[Any](), dict[int, list[tuple[int, Table]]]()
+        at = 0
+        for table, n in zip(tables, new, strict=True):
+            token = torch.arange(table.length - n, table.length)
+            positions.append(token)
+            rows.append(pool.row(torch.tensor(table.pages)[token // pool.block], token % pool.block))
+            if n == 1:
+                # Together with those of at most twice as many pages: little is read that no one attends to.
+                decodes.setdefault(len(table.pages).bit_length(), []).append((at, table))
+            else:
+                self._parts.append(_Prefill(at, at + n, table, pool).to(device))
+            at += n
+        for group in decodes.values():
+            places, own = zip(*group, strict=True)
+            self._parts.append(_Decodes(list(places), own, pool).to(device))
+        self.positions = torch.cat(positions).to(device)  # of each row in its request
+        self._write = torch.cat(rows).to(device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """q (N, H, D), k and v (N, H_kv, D): written to the pool, and (N, H, D) of what each row reads there."""
+        memory, heads = self.pool.rows, k.shape[1]
+        own, values = self._write + layer * self.pool.layer_step, self.pool.value_step
+        memory[own, : k[0].numel()] = k.flatten(1)
+        memory[own + values, : v[0].numel()] = v.flatten(1)
+
+        def read(rows: Tensor, like: Tensor) -> Tensor:
+            """(requests, H_kv, rows, D)"""
+            there = memory.index_select(0, rows.flatten())[:, : like[0].numel()]
+            return there.view(*rows.shape, heads, -1).transpose(-3, -2)
+
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
+        for part in self._parts:
+            rows = part.rows + layer * self.pool.layer_step
+            K, V, mask = read(rows, k), read(rows + values, v), part.mask(window)
+            if isinstance(part, _Decodes):  # the query heads that share a key head are as so many queries
+                asked = q[part.at].unflatten(1, (heads, -1))
+                y = F.scaled_dot_product_attention(asked, K, V, mask, scale=scale)
+                out[part.at] = y.flatten(1, 2)
+            else:
+                asked = q[part.start : part.stop].transpose(0, 1)[None]
+                y = F.scaled_dot_product_attention(
+                    asked, K[None], V[None], mask, is_causal=mask is None, scale=scale, enable_gqa=heads != q.shape[1]
+                )
+                out[part.start : part.stop] = y[0].transpose(0, 1)
+        return out
+
+
+class _Now(threading.local):
+    step: Step | None = None
+
+
+_now = _Now()
+
+
+@contextmanager
+def running(step: Any) -> Iterator[None]:
+    """Let attention in this thread's forwards be that of the step."""
+    before, _now.step = _now.step, step
+    try:
+        yield
+    finally:
+        _now.step = before
+
+
+def _paged(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """query (N, H, 1, D), key and value (N, H_kv, 1, D) -> (N, 1, H, D)."""
+    if _now.step is None:
+        raise RankfoldError("this model is being served: only its engine runs it, until the engine is closed")
+    for name in ("softcap", "s_aux"):
+        if others.get(name) is not None:
+            raise UnsupportedError(f"{type(module).__name__} attends with {name}, which paged attention does not know")
+    layer: Any = module.layer_idx
+    y = _now.step.attend(layer, query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling, sliding_window)
+    return y[:, None], None
+
+
+AttentionInterface.register(NAME, _paged)
+
+
+class Shape:
+    """Stands in for a step and notes what a model's attention asks of a pool: `layers`, and numbers of a row."""
+
+    def __init__(self) -> None:
+        self.widths: dict[int, int] = {}
+
+    @property
+    def layers(self) -> int:
+        return max(self.widths) + 1
+
+    @property
+    def width(self) -> int:
+        return max(self.widths.values())
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+        self.widths[layer] = max(k[0].numel(), v[0].numel())
+        return q[..., : v.shape[-1]]

@@ -1,0 +1,475 @@
+"""Requests of any adapters in one batch, one forward a step.
+
+Continuous batching over paged keys and values (arXiv 2309.06180) and paged adapters (S-LoRA, arXiv 2311.03285).
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfold.core.control import using
+from rankfold.core.routing import find_state
+from rankfold.errors import RankfoldError, UnsupportedError
+from rankfold.serve.attention import NAME, Shape, Step, running
+from rankfold.serve.library import Library, PoolFullError
+from rankfold.serve.pool import BLOCK, Pool, Table
+from rankfold.serve.request import OverloadedError, Request, Sampling
+from rankfold.serve.schedule import in_turn, peak
+from rankfold.serve.segments import Products, Segment
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine takes on at once.
+
+    Args:
+        batch: requests that run together.
+        step_tokens: rows of one forward; prompts are read in parts where they are longer.
+        waiting: requests that may wait; further ones are refused (`OverloadedError`).
+        distinct: adapters in a batch from which on requests of those go first.
+        patience: seconds after which nobody overtakes a waiting request.
+    """
+
+    batch: int = 64
+    step_tokens: int = 512
+    waiting: int = 1024
+    distinct: int = 32
+    patience: float = 5.0
+
+
+class Engine:
+    """Serves a causal language model of Transformers and the adapters of a folder.
+
+    A request's tokens do not depend on the requests it runs beside, up to rounding. Use it in one of two ways: call
+    `step()` yourself (or just ask a request for its result, which does), or `start()` a thread that does. While an
+    engine is open the model is its own.
+
+    Args:
+        model: without adapters of its own; its weights stay where they are.
+        adapters: a folder whose subfolders are adapters, by their names; None to serve the base alone.
+        max_memory: bytes of the pool for keys, values and adapters.
+        host_memory: bytes of adapters kept in host memory beside it.
+        limits: see `Limits`.
+
+    Raises:
+        UnsupportedError: the model attends in a way that pages cannot serve; that is tried out on a few tokens.
+        RankfoldError: the pool cannot hold a page, or `adapters` is no folder.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        adapters: str | Path | None = None,
+        *,
+        max_memory: int = 1 << 30,
+        host_memory: int = 1 << 30,
+        limits: Limits = Limits(),
+        block: int = BLOCK,
+    ):
+        if find_state(model) is not None:
+            raise RankfoldError("the model has adapters attached: detach them; the engine brings in those it serves")
+        folder = None if adapters is None else Path(adapters)
+        if folder is not None and not folder.is_dir():
+            raise RankfoldError(f"{folder} is no folder: give the one whose subfolders are adapters")
+        self.model, self.limits = model.eval(), limits
+        self.ends = _ends(model)
+        self._keep: Tensor | None = None
+        self._before = model.config._attn_implementation
+        expected = _plain_logits(model)
+        self._head = model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: (args[0] if self._keep is None else args[0].index_select(0, self._keep), *args[1:])
+        )
+        model.set_attn_implementation(NAME)
+        try:
+            shape = _shape_of(model)
+            parameter = model.get_input_embeddings().weight
+            self.pool = Pool(shape.layers, shape.width, max_memory, parameter.dtype, parameter.device, block)
+            self._products = Products(model)
+            self.library = Library(model, folder, self.pool, self._products, host_memory)
+            self._running: list[Request] = []
+            self._waiting: deque[Request] = deque()
+            self._mutex, self._stepping = threading.Lock(), threading.Lock()
+            self._wake = threading.Event()
+            self._thread: threading.Thread | None = None
+            self._closing = False
+            self.counts = {"steps": 0, "rows": 0, "tokens": 0, "finished": 0, "failed": 0, "cancelled": 0}
+            self.per_request = 1.0  # seconds that one takes, of late
+            self._check(expected)
+        except BaseException:
+            self._restore()
+            raise
+
+    # ---- asking
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        adapter: str | None = None,
+        max_new_tokens: int = 16,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        ends: Iterable[int] | None = None,
+        logprobs: int | None = None,
+        listener: Callable[[Request, int | None], None] | None = None,
+    ) -> Request:
+        """Ask for tokens behind a prompt of token ids.
+
+        Args:
+            adapter: a name of the library, or None for the base.
+            max_new_tokens: at most so many.
+            temperature: 0 takes the likeliest token.
+            top_p: draw among the likeliest tokens of that probability together.
+            seed: of the draws; the same seed gives the same tokens in any batch.
+            ends: ids that end the answer; default: those of the model.
+            logprobs: note log-probabilities, and those of so many of the likeliest tokens.
+            listener: called by the engine's thread as `listener(request, token)`, with None at the end.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+            RankfoldError: the prompt is empty, too long or not of the model's ids, or an option is out of its range.
+            OverloadedError: too many requests wait.
+        """
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not prompt:
+            raise RankfoldError("the prompt is empty: give at least one token")
+        if max_new_tokens < 1:
+            raise RankfoldError(f"max_new_tokens is {max_new_tokens}: ask for at least one")
+        if not all(0 <= token < vocabulary for token in prompt):
+            raise RankfoldError(f"the prompt has token ids outside of 0 to {vocabulary - 1}")
+        total = len(prompt) + max_new_tokens
+        if context is not None and total > context:
+            raise RankfoldError(
+                f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than the model's {context}"
+            )
+        if peak([(0, total - 1)], self.pool.block) > len(self.pool):
+            raise RankfoldError(
+                f"{total} tokens need more than all {len(self.pool)} pages of memory: ask for fewer, or raise max_memory"
+            )
+        if adapter is not None:
+            self.library.check(adapter)
+        sampling = Sampling(temperature, top_p, seed)
+        request = Request(
+            prompt,
+            adapter,
+            max_new_tokens,
+            sampling,
+            self.ends if ends is None else frozenset(ends),
+            logprobs,
+            listener,
+        )
+        with self._mutex:
+            if self._closing:
+                raise RankfoldError("the engine is closed")
+            if len(self._waiting) >= self.limits.waiting:
+                raise OverloadedError(
+                    f"{len(self._waiting)} requests wait already: try again later",
+                    max(1.0, len(self._waiting) * self.per_request / self.limits.batch),
+                )
+            if self._thread is None:
+                request._drive = self.step
+            self._waiting.append(request)
+        self._wake.set()
+        return request
+
+    # ---- running
+
+    def step(self) -> bool:
+        """One forward for all that run; False if nothing is left to do."""
+        with self._stepping:
+            self._drop_cancelled()
+            self._admit()
+            batch = self._batch()
+            if not batch:
+                with self._mutex:
+                    waits = bool(self._waiting)
+                if waits:
+                    self.library.wait(0.05)
+                return waits
+            self._advance(batch)
+            return True
+
+    def start(self) -> "Engine":
+        """Step in a thread of its own, until `close`."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name="rankfold-engine", daemon=True)
+            self._thread.start()
+        return self
+
+    def _loop(self) -> None:
+        while not self._closing or self._running or self._waiting:
+            if not self.step():
+                self._wake.wait(0.1)
+                self._wake.clear()
+
+    def close(self, drain: bool = True) -> None:
+        """Finish what was accepted, or with `drain=False` cancel it; the model is as it was found, then."""
+        with self._mutex:
+            self._closing = True
+            if not drain:
+                for request in (*self._waiting, *self._running):
+                    request.cancel()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        else:
+            while self.step():
+                pass
+        self._restore()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self.close(drain=kind is None)
+
+    def _restore(self) -> None:
+        if hasattr(self, "library"):
+            self.library.close()
+        if hasattr(self, "_products"):
+            self._products.close()
+        self._head.remove()
+        self.model.set_attn_implementation(self._before)
+
+    # ---- one step
+
+    def _drop_cancelled(self) -> None:
+        with self._mutex:
+            gone = [r for r in self._waiting if r.cancelled]
+            self._waiting = deque(r for r in self._waiting if not r.cancelled)
+        for request in [*gone, *(r for r in self._running if r.cancelled)]:
+            self._finish(request, "cancelled")
+
+    def _finish(self, request: Request, finish: Any, error: Exception | None = None) -> None:
+        if request in self._running:
+            self._running.remove(request)
+            self.counts["failed" if error else "cancelled" if finish == "cancelled" else "finished"] += 1
+        if request.table is not None:
+            request.table.free()
+        if not request.done:
+            request.end(finish, error)
+        if error is None and finish != "cancelled":
+            self.per_request += 0.1 * (time.monotonic() - request.submitted - self.per_request)
+
+    def _present(self) -> set[str]:
+        return {r.adapter for r in self._running if r.adapter is not None}
+
+    def _admit(self) -> None:
+        """Let waiting requests join while all of them, to their ends, fit into the pool."""
+        with self._mutex:
+            waiting = list(self._waiting)
+        if not waiting:
+            return
+        joined: list[Request] = []
+        for request in in_turn(waiting, self._present(), self.limits.distinct, self.limits.patience, time.monotonic()):
+            if len(self._running) >= self.limits.batch:
+                break
+            try:
+                fits = self._fits(request)
+            except Exception as error:  # the adapter cannot be read: its own requests fail, and no others
+                joined.append(request)
+                self._finish(request, None, error)
+                self.counts["failed"] += 1
+                continue
+            if fits is None:  # its adapter is being read: later ones need not wait for that
+                continue
+            if not fits:
+                break
+            request.table = Table(self.pool)
+            self._running.append(request)
+            joined.append(request)
+        with self._mutex:
+            for request in joined:
+                self._waiting.remove(request)
+
+    def _fits(self, request: Request) -> bool | None:
+        """Whether it can run to its end beside all that run, its adapter brought into the pool; None: not yet read."""
+        present, own = self._present(), 0
+        entry = None
+        if request.adapter is not None and request.adapter not in self.library.live:
+            entry = self.library.ready(request.adapter)
+            if entry is None:
+                return None
+            own = 0 if request.adapter in present else entry.size
+        charged = sum(e.size for e in self.library.in_pool if e.name in present) + own
+        loads = [(r.read, r.left) for r in self._running] + [(0, request.left)]
+        if peak(loads, self.pool.block) + charged > len(self.pool):
+            if not self._running:
+                raise RankfoldError(
+                    f"the request and its adapter {request.adapter!r} need more than all {len(self.pool)} pages of "
+                    "memory: ask for fewer tokens, or raise max_memory"
+                )
+            return False
+        if entry is None or entry.in_pool:
+            return True
+        self.library.make_room(entry.size, present.__contains__)
+        try:
+            self.library.place(entry)
+        except PoolFullError:  # large tensors need pages side by side
+            self.library.make_room(len(self.pool), present.__contains__)
+            try:
+                self.library.place(entry)
+            except PoolFullError:
+                if not self._running:
+                    raise
+                return False
+        return True
+
+    def _batch(self) -> list[tuple[Request, int]]:
+        """Who has how many rows in the next forward: who writes has one, prompts share what is left."""
+        left = self.limits.step_tokens
+        writing = [r for r in self._running if r.left < r.max_new_tokens]
+        rows = dict.fromkeys(writing[:left], 1)
+        left -= len(rows)
+        for request in self._running:
+            if request not in rows and left > 0:
+                rows[request] = min(len(request.prompt) - request.read, left)
+                left -= rows[request]
+        return sorted(rows.items(), key=lambda item: (item[0].adapter or "", item[0].number))
+
+    def _advance(self, batch: list[tuple[Request, int]]) -> None:
+        needed = sum(-(-(r.table.length + n) // self.pool.block) - len(r.table.pages) for r, n in batch)
+        self.library.make_room(needed, self._present().__contains__)
+        for request, n in batch:
+            request.table.extend(n)
+        try:
+            logits = self._forward(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                self._finish(batch[0][0], None, error)
+                return
+            logits = self._apart(batch)
+        self.counts["steps"] += 1
+        self.counts["rows"] += sum(n for _, n in batch)
+        at = 0
+        for request, n in batch:
+            if request.done:
+                continue
+            request.read += n
+            if request.read < len(request.prompt):
+                continue
+            try:
+                request.take(logits[at])
+                self.counts["tokens"] += 1
+            except Exception as error:  # NaN, say, from an adapter that overflows
+                self._finish(request, None, RankfoldError(f"no token can be drawn: {error}"))
+            at += 1
+            if request.done:
+                self._finish(request, request.finish)
+
+    def _apart(self, batch: list[tuple[Request, int]]) -> Tensor:
+        """Each request in a forward of its own, after one of all failed; those that fail again are ended."""
+        logits = []
+        for request, n in batch:
+            try:
+                logits.append(self._forward([(request, n)]))
+            except Exception as error:
+                self._finish(request, None, error)
+        return torch.cat(logits) if logits else torch.empty(0)
+
+    def _forward(self, batch: list[tuple[Request, int]]) -> Tensor:
+        """Logits (requests whose prompt is read, V) of their next tokens."""
+        step = Step(self.pool, [r.table for r, _ in batch], [n for _, n in batch])
+        ids: list[int] = []
+        last: list[int] = []
+        names: list[str | None] = []
+        segments: list[Segment] = []
+        for request, n in batch:
+            start = len(ids)
+            text = request.prompt if request.read < len(request.prompt) else request.tokens
+            begin = request.read if text is request.prompt else request.read - len(request.prompt)
+            ids += text[begin : begin + n]
+            if request.read + n >= len(request.prompt):
+                last.append(len(ids) - 1)
+            entry = None if request.adapter is None else self.library.entry(request.adapter)
+            placed = None if entry is None else entry.placed
+            names += [None if placed is not None else request.adapter] * n
+            if placed is not None:
+                if segments and segments[-1].placed is placed:
+                    segments[-1] = Segment(placed, segments[-1].start, len(ids))
+                else:
+                    segments.append(Segment(placed, start, len(ids)))
+        device = self.pool.rows.device
+        self._keep, self._products.segments = torch.tensor(last, dtype=torch.long, device=device), segments
+        routed = nullcontext() if find_state(self.model) is None else using(self.model, names)
+        try:
+            with torch.no_grad(), running(step), routed:
+                x, positions = torch.tensor(ids, device=device)[:, None], step.positions[:, None]
+                return self.model(input_ids=x, position_ids=positions, use_cache=False).logits[:, 0]
+        finally:
+            self._keep, self._products.segments = None, ()
+
+    # ---- trying the model out
+
+    def _check(self, expected: Tensor) -> None:
+        """Refuse a model that gives other logits over pages than by itself."""
+        request = Request(_PROBE[:4], None, 3, Sampling(), frozenset(), None, None)
+        request.table, request.tokens = Table(self.pool), list(_PROBE[4:])
+        got = []
+        for n in (3, 1, 1, 1):
+            request.table.extend(n)
+            got.append(self._forward([(request, n)]))
+            request.read += n
+        request.table.free()
+        logits = torch.cat(got)
+        close = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.1
+        if float((logits - expected).abs().max()) > close * float(expected.abs().max()):
+            raise UnsupportedError(
+                f"{type(self.model).__name__} gives other logits over paged keys and values than by itself: its layers "
+                "keep more of a text than these, and cannot be served"
+            )
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers for monitoring: what was done, who runs and waits, and whose the pages are."""
+        with self._mutex:
+            waiting = len(self._waiting)
+        adapters = self.library.in_pool
+        held = sum(len(e.pages) for e in adapters)
+        return {
+            **self.counts,
+            **{f"adapters_{name}": count for name, count in self.library.counts.items()},
+            "running": len(self._running),
+            "waiting": waiting,
+            "pages": len(self.pool),
+            "pages_used": self.pool.used,
+            "pages_adapters": held,
+            "pages_tokens": self.pool.used - held,
+            "adapters_in_pool": len(adapters),
+        }
+
+
+_PROBE = (1, 2, 3, 4, 5, 6)
+
+
+def _plain_logits(model: Any) -> Tensor:
+    """Logits (3, V) behind the probe's fourth, fifth and sixth token."""
+    with torch.no_grad():
+        ids = torch.tensor([_PROBE], device=model.get_input_embeddings().weight.device)
+        return model(input_ids=ids, use_cache=False).logits[0, 3:]
+
+
+def _shape_of(model: Any) -> Shape:
+    shape = Shape()
+    with torch.no_grad(), running(shape):
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        model(input_ids=ids, position_ids=ids, use_cache=False)
+    if not shape.widths:
+        raise UnsupportedError(f"{type(model).__name__} does not attend through Transformers' attention interface")
+    return shape
+
+
+def _ends(model: Any) -> frozenset[int]:
+    """The ids that end an answer, by the model's generation settings."""
+    settings = getattr(model, "generation_config", None) or model.config
+    ends = getattr(settings, "eos_token_id", None)
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)

@@ -1,0 +1,272 @@
+"""The adapters of a folder: on disk, in host memory, in the pool. S-LoRA: Sheng et al. 2023, arXiv 2311.03285."""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.core.adapter import Adapter
+from rankfold.core.checkpoint import load
+from rankfold.core.control import detach
+from rankfold.core.document import TENSORS
+from rankfold.core.peft import import_peft
+from rankfold.core.routing import NAME
+from rankfold.errors import RankfoldError
+from rankfold.serve.pool import Pool, PoolFullError
+from rankfold.serve.segments import Placed, Product, Products, as_product
+
+_PEFT = "adapter_model.safetensors"
+_ALIGN = 64  # bytes, so that a tensor of any dtype can lie there
+
+
+class UnknownAdapterError(RankfoldError):
+    """There is no adapter of that name."""
+
+
+@dataclass(frozen=True)
+class _Other:
+    """An adapter that is more than products: its tensors' bytes and where they go, as (page or pages, offset)."""
+
+    sizes: tuple[int, ...]
+    page_bytes: int
+
+    @property
+    def places(self) -> tuple[int, list[tuple[int, int]], list[int]]:
+        """Pages for small tensors, (page, byte) of each of these, and how many pages each larger one needs in a run."""
+        at, places, runs = 0, list[tuple[int, int]](), list[int]()
+        for size in self.sizes:
+            if size > self.page_bytes:
+                runs.append(math.ceil(size / self.page_bytes))
+                continue
+            if at % self.page_bytes + size > self.page_bytes:
+                at += self.page_bytes - at % self.page_bytes
+            places.append((at // self.page_bytes, at % self.page_bytes))
+            at += -(-size // _ALIGN) * _ALIGN
+        return math.ceil(at / self.page_bytes), places, runs
+
+
+@dataclass(eq=False)
+class Entry:
+    """An adapter that was asked for: what it is once read, and its pages while it is in the pool."""
+
+    name: str
+    path: Path
+    reading: "Future[Product | _Other] | None" = None
+    read: Product | _Other | None = None
+    pages: list[int] = field(default_factory=list)
+    placed: Placed | None = None
+    turn: int = 0
+
+    @property
+    def in_pool(self) -> bool:
+        return bool(self.pages)
+
+    @property
+    def size(self) -> int:
+        """Pages that it takes; known once it was read."""
+        if isinstance(self.read, Product):
+            return len(self.read.pages)
+        assert self.read is not None
+        small, _, runs = self.read.places
+        return small + sum(runs)
+
+
+class Library:
+    """Adapters by name: the folders in `folder` that hold one, of Rankfold or of PEFT.
+
+    `ready` has a thread read and check an adapter into host memory (at most `host_memory` bytes of what is not in
+    use), against a skeleton that shares the model's weights; `place` brings it into pages of the pool. Products of
+    linear layers become pages as they are, whatever their ranks. All others are attached to the model, their tensors in
+    pages too. Adapters that `place` must make room for leave in the order of their last use.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path | None, pool: Pool, products: Products, host_memory: int):
+        self._model, self.folder, self._pool, self._products = model, folder, pool, products
+        self._host_memory = host_memory
+        memo: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+        self._skeleton = copy.deepcopy(model, memo)
+        self._reader = ThreadPoolExecutor(1, "rankfold-adapters")
+        self._entries: dict[str, Entry] = {}
+        self._turns = itertools.count(1)
+        self.live: set[str] = set()  # attached by somebody else, and to be left alone
+        self.counts = {"reads": 0, "placed": 0, "evicted": 0}
+
+    # ---- what there is
+
+    def names(self) -> list[str]:
+        """All adapters on disk, and those attached to the model besides."""
+        found = set(self.live)
+        if self.folder is not None:
+            found |= {p.name for p in self.folder.iterdir() if NAME.fullmatch(p.name) and _holds_adapter(p)}
+        return sorted(found)
+
+    def path(self, name: str) -> Path:
+        """The folder of an adapter. Raises UnknownAdapterError; no name leads out of the library's folder."""
+        if self.folder is None or not NAME.fullmatch(name) or not _holds_adapter(self.folder / name):
+            raise UnknownAdapterError(f"there is no adapter called {name[:128]!r}")
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder.resolve()):
+            raise UnknownAdapterError(f"the adapter {name!r} is a link that leads out of the folder of adapters")
+        return path
+
+    def check(self, name: str) -> None:
+        if name not in self.live:
+            self.path(name)
+
+    # ---- into host memory
+
+    def ready(self, name: str) -> Entry | None:
+        """The adapter once it is in host memory; None while it is being read. Raises what is wrong with it."""
+        entry = self._entries.get(name)
+        if entry is None:
+            entry = self._entries[name] = Entry(name, self.path(name))
+        entry.turn = next(self._turns)
+        if entry.read is None:
+            if entry.reading is None:
+                entry.reading = self._reader.submit(self._read, entry.path)
+            if not entry.reading.done():
+                return None
+            try:
+                entry.read = entry.reading.result()
+            except BaseException:
+                del self._entries[name]
+                raise
+            finally:
+                entry.reading = None
+            self.counts["reads"] += 1
+            self._forget(entry)
+        return entry
+
+    def wait(self, timeout: float) -> None:
+        """Until one of the adapters that are being read is there."""
+        for entry in list(self._entries.values()):
+            if entry.reading is not None:
+                try:
+                    entry.reading.exception(timeout)
+                except TimeoutError:
+                    pass
+                return
+
+    def _read(self, path: Path) -> Product | _Other:
+        adapter = _load(self._skeleton, path, "read")
+        try:
+            product = as_product(adapter, self._pool)
+            if product is not None:
+                return product
+            return _Other(tuple(t.nbytes for t in _tensors(adapter)), self._pool.page_bytes)
+        finally:
+            detach(self._skeleton, "read")
+
+    def _forget(self, keep: Entry) -> None:
+        """Let go of what was longest unused, until the rest fits into host memory."""
+        held = [e for e in self._entries.values() if isinstance(e.read, Product)]
+        total = sum(e.read.bytes for e in held if isinstance(e.read, Product))
+        for entry in sorted(held, key=lambda e: e.turn):
+            if total <= self._host_memory:
+                break
+            if entry is not keep and not entry.in_pool:
+                assert isinstance(entry.read, Product)
+                total -= entry.read.bytes
+                del self._entries[entry.name]
+
+    # ---- into the pool
+
+    def place(self, entry: Entry) -> None:
+        """Bring it into the pool. Raises PoolFullError, and changes nothing, where its pages are not free."""
+        if entry.in_pool:
+            return
+        pool = self._pool
+        if isinstance(entry.read, Product):
+            entry.pages = pool.take(entry.size)
+            entry.placed = Placed(entry.read, pool, entry.pages)
+            self._products.watch(list(entry.read.pieces))
+        elif isinstance(entry.read, _Other):
+            small, places, runs = entry.read.places
+            taken: list[int] = []
+            try:
+                starts = []
+                for count in runs:  # these first, while free pages still lie side by side
+                    run = pool.take_run(count)
+                    starts.append((run[0], 0))
+                    taken += run
+                own = pool.take(small)
+                taken += own
+                adapter = _load(self._model, entry.path, entry.name)
+            except BaseException:
+                pool.release(taken)
+                raise
+            with torch.no_grad():
+                self._move(adapter, iter([(own[page], at) for page, at in places]), iter(starts))
+            entry.pages = taken or pool.take(1)
+        self.counts["placed"] += 1
+
+    def _move(self, adapter: Adapter, small: Iterator[tuple[int, int]], large: Iterator[tuple[int, int]]) -> None:
+        memory, size = self._pool.pages.view(torch.uint8).flatten(), self._pool.page_bytes
+        for tensor in _tensors(adapter):
+            page, at = next(large if tensor.nbytes > size else small)
+            begin = page * size + at
+            there = memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            there.copy_(tensor)
+            tensor.data = there
+
+    def evict(self, entry: Entry) -> None:
+        """Free its pages. It stays in host memory where it is kept there at all."""
+        if not entry.in_pool:
+            return
+        if entry.placed is None:
+            detach(self._model, entry.name)
+        self._pool.release(entry.pages)
+        entry.pages, entry.placed = [], None
+        self.counts["evicted"] += 1
+
+    def make_room(self, pages: int, in_use: Callable[[str], bool]) -> bool:
+        """Evict adapters that nothing uses, the longest unused first, until so many pages are free; False if never."""
+        idle = sorted((e for e in self._entries.values() if e.in_pool and not in_use(e.name)), key=lambda e: e.turn)
+        for entry in idle:
+            if self._pool.free >= pages:
+                break
+            self.evict(entry)
+        return self._pool.free >= pages
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter, so that it is read anew when it is asked for again; nothing may use it."""
+        entry = self._entries.pop(name, None)
+        if entry is not None:
+            self.evict(entry)
+
+    def entry(self, name: str) -> Entry | None:
+        return self._entries.get(name)
+
+    @property
+    def in_pool(self) -> list[Entry]:
+        return [e for e in self._entries.values() if e.in_pool]
+
+    def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
+        for name in list(self._entries):
+            self.drop(name)
+
+
+def _holds_adapter(path: Path) -> bool:
+    return (path / TENSORS).is_file() or (path / _PEFT).is_file()
+
+
+def _load(model: nn.Module, path: Path, name: str) -> Adapter:
+    read = load if (path / TENSORS).is_file() else import_peft
+    adapter = read(model, path, name, active=False)
+    return adapter.train(False).requires_grad_(False)
+
+
+def _tensors(adapter: Adapter) -> Iterator[Tensor]:
+    for _, tensor in adapter.named_tensors():
+        yield tensor
+
+
+__all__ = ["Entry", "Library", "PoolFullError", "UnknownAdapterError"]
