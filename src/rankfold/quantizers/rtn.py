@@ -26,9 +26,15 @@ class RTN(Quantizer):
     source: ClassVar[str] = "AWQ's pseudo_quantize_tensor, with GPTQ's range"
 
     def quantise(self, W: Tensor, scheme: Scheme, statistics: Calibration | None, site: str) -> Packed:
-        M = rows_of(W, scheme)
-        scales, zeros = ranges(grouped(M, scheme), scheme)
-        return Packed(pack(encode(M, scales, zeros, scheme), scheme), scales, zeros)
+        return nearest(W, scheme)
+
+
+def nearest(W: Tensor, scheme: Scheme, shrink: Tensor | None = None) -> Packed:
+    """W (out, in) rounded to nearest; `shrink` (rows, groups) makes the groups' ranges smaller, by these factors."""
+    M = rows_of(W, scheme)
+    groups = grouped(M, scheme)
+    scales, zeros = ranges(groups if shrink is None else groups * shrink[..., None], scheme)
+    return Packed(pack(encode(M, scales, zeros, scheme), scheme), scales, zeros)
 
 
 def ranges(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:

@@ -65,6 +65,22 @@ class SecondMomentAccumulator(Accumulator):
         return {"value": self.total / self.tokens}  # type: ignore[operator]
 
 
+class MagnitudeAccumulator(Accumulator):
+    def __init__(self) -> None:
+        self.total: Any = None
+        self.largest: Any = None
+        self.tokens = 0
+
+    def add(self, X: Tensor) -> None:
+        sizes = X.abs()
+        self.total = sizes.sum(0) if self.total is None else self.total.add_(sizes.sum(0))
+        self.largest = sizes.amax(0) if self.largest is None else torch.maximum(self.largest, sizes.amax(0))
+        self.tokens += X.shape[0]
+
+    def result(self, batches: int) -> dict[str, Tensor]:
+        return {"mean": self.total / self.tokens, "largest": self.largest}
+
+
 class MeanGradientAccumulator(Accumulator):
     def __init__(self) -> None:
         self.total: Tensor | None = None

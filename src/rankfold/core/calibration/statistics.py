@@ -11,6 +11,7 @@ from rankfold.core.calibration.accumulators import (
     Accumulator,
     CovarianceAccumulator,
     IncrementalPCA,
+    MagnitudeAccumulator,
     MeanGradientAccumulator,
     SampleCovarianceAccumulator,
     SecondMomentAccumulator,
@@ -98,6 +99,30 @@ class InputSecondMoment(Statistic[Tensor]):
 
     def read(self, tensors: dict[str, Tensor]) -> Tensor:
         return tensors["value"]
+
+
+class Magnitude(NamedTuple):
+    """Sizes of inputs, feature by feature: both (in,)."""
+
+    mean: Tensor
+    largest: Tensor
+
+
+@dataclass(frozen=True)
+class InputMagnitude(Statistic[Magnitude]):
+    """The mean and the largest of |x|, feature by feature (AWQ, CBQ)."""
+
+    def refuses(self, site: Site) -> str | None:
+        return "its inputs are one-hot" if site.kind == "embedding" else super().refuses(site)
+
+    def size(self, site: Site) -> int:
+        return 2 * site.in_
+
+    def accumulator(self, site: Site) -> Accumulator:
+        return MagnitudeAccumulator()
+
+    def read(self, tensors: dict[str, Tensor]) -> Magnitude:
+        return Magnitude(tensors["mean"], tensors["largest"])
 
 
 @dataclass(frozen=True)
