@@ -8,9 +8,10 @@ from torch import nn
 
 import rankfold
 from rankfold.audit import entanglement
-from rankfold.audit.forgetting import Forgetting, blocks_of, forgetting
+from rankfold.audit.forgetting import Forgetting, forgetting
 from rankfold.audit.report import Audit, Limits, alarms, audit, soften
 from rankfold.audit.safety import compare
+from rankfold.train.encode import token_blocks
 from tests.train import tiny
 
 
@@ -24,7 +25,7 @@ def adapted(size: float = 0.2, rank: int = 2) -> tuple[nn.Module, rankfold.Adapt
 
 
 def blocks() -> list[torch.Tensor]:
-    return blocks_of("The quick brown fox jumps over the lazy dog. " * 20, tiny.tokenizer(), 64)
+    return token_blocks("The quick brown fox jumps over the lazy dog. " * 20, tiny.tokenizer(), 64)
 
 
 def test_rows_say_what_dense_algebra_says() -> None:
@@ -107,8 +108,8 @@ def test_forgetting_is_the_difference_of_the_losses() -> None:
     assert found.loss == pytest.approx(losses[1] - losses[0], abs=1e-5)
     assert found.low <= found.loss <= found.high
     assert found.drift > 0
-    with pytest.raises(rankfold.RankfoldError, match="too few"):
-        blocks_of("short", tiny.tokenizer())
+    with pytest.raises(rankfold.RankfoldError, match="and two blocks of 128 take 256"):
+        token_blocks("short", tiny.tokenizer())
 
 
 def test_a_reference_is_measured_beside_it() -> None:

@@ -76,6 +76,45 @@ def test_a_compensation_is_an_adapter_within(llama_dir: Path, text: Path, tmp_pa
     assert (model(IDS).logits - expected).norm() < 0.9 * plain
 
 
+def test_stopped_it_says_how_to_go_on_and_then_comes_to_the_same(
+    llama_dir: Path, text: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--scheme", "int3", "--group", "16", "--how", "gptq", "--calibration", str(text), "--blocks", "2"]
+    command = ["quantize", str(llama_dir), *asked, "--output"]
+    assert run([*command, str(tmp_path / "whole")]) == 0
+    plain, layers = rankfold.GPTQ.rounded, []
+
+    def stop(*args: Any) -> Any:
+        layers.append(1)
+        if len(layers) == 9:  # in the second block
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(rankfold.GPTQ, "rounded", stop)
+    assert run([*command, str(tmp_path / "out")]) == 130
+    work = tmp_path / ".out.quantising"
+    assert f"kept in {work}: the same command goes on" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+    assert len(list(work.iterdir())) == 1
+    assert run([*command, str(tmp_path / "out")]) == 0
+    assert len(layers) == 9 + 7
+    assert not work.exists()
+    one, other = (rankfold.load_quantized(tmp_path / name).state_dict() for name in ("whole", "out"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("how", ["awq", "adadim"])
+def test_what_needs_the_text_is_saved_with_what_it_found(how: str, llama_dir: Path, text: Path, tmp_path: Path) -> None:
+    asked = ["--scheme", "int4", "--group", "16", "--how", how, "--calibration", str(text), "--blocks", "2"]
+    assert run(["quantize", str(llama_dir), *asked, "--output", str(tmp_path / "out")]) == 0
+    model = rankfold.load_quantized(tmp_path / "out")
+    schemes = [module.scheme for module in model.modules() if isinstance(module, PackedLinear)]
+    assert all(scheme.balanced == (how == "awq") for scheme in schemes)
+    assert {scheme.along for scheme in schemes} == ({"in"} if how == "awq" else {"in", "out"})
+    expected = AutoModelForCausalLM.from_pretrained(llama_dir)(IDS).logits
+    assert (model(IDS).logits - expected).norm() < 0.2 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -97,7 +136,7 @@ def test_a_text_that_is_too_short_is_named(llama_dir: Path, tmp_path: Path, caps
     (tmp_path / "short.txt").write_text("too short")
     asked = ["--how", "gptq", "--calibration", str(tmp_path / "short.txt"), "--output", str(tmp_path / "out")]
     assert run(["quantize", str(llama_dir), *asked]) == 2
-    assert "too few for two blocks" in capsys.readouterr().err
+    assert "tokens, and two blocks of 256 take 512" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

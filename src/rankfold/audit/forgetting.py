@@ -89,12 +89,3 @@ def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
         raise RankfoldError(f"{type(model).__name__} is no causal language model: it gives no token a probability")
     logits = logits[0, :-1]
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
-
-
-def blocks_of(text: str, tokenizer: Any, length: int = 128, limit: int = 32) -> list[Tensor]:
-    """A text as blocks of `length` token ids, the first `limit` of them. Raises where it is too short for two."""
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
-    blocks = list(ids[: len(ids) // length * length].split(length))[:limit]
-    if len(blocks) < 2:
-        raise RankfoldError(f"the text has {len(ids):,} tokens: too few for two blocks of {length}")
-    return blocks

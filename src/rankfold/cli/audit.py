@@ -86,15 +86,15 @@ def audit(
     beside = [_load_beside(loaded, folder) for folder in others or ()]
 
     from rankfold.audit import record as records
-    from rankfold.audit.forgetting import blocks_of
     from rankfold.audit.report import answers
     from rankfold.audit.report import audit as measure
     from rankfold.core.files import write_whole
     from rankfold.train.display import ConsoleDisplay
+    from rankfold.train.encode import token_blocks
 
     display = ConsoleDisplay(stderr)
     other = None if reference is None else load_base(reference, dtype, recipe).model
-    blocks = None if text is None else blocks_of(text.read_text("utf-8", errors="replace"), loaded.processor)
+    blocks = None if text is None else token_blocks(text.read_text("utf-8", errors="replace"), loaded.processor)
     refusals = None
     if probes and answers(loaded.model):
         from rankfold.audit.probing import ask, count

@@ -1,5 +1,6 @@
 """`rankfold quantize`: a base model in few bits."""
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +22,12 @@ from rankfold.errors import RankfoldError
 _EPILOG = (
     "[bold]rtn[/bold]: round to nearest; needs no data.\n\n"
     "[bold]gptq[/bold]: column by column, so that outputs on the calibration text change least.\n\n"
+    "[bold]awq[/bold]: weights that large inputs meet are made larger before they are rounded.\n\n"
+    "[bold]adadim[/bold]: groups along the inputs or along the outputs, for each layer the better.\n\n"
+    "[bold]cbq[/bold]: which way to round is learnt, in two blocks at a time.\n\n"
     "[bold]lorc[/bold], [bold]eora[/bold]: a LoRA that makes good what was lost, of the weights or, with the "
     "calibration text, of the outputs. It is saved in OUTPUT/compensation, an adapter as any other.\n\n"
+    "A run that was stopped goes on where it was when the same command is given again. "
     "The result loads with rankfold.load_quantized, and as the model of every command and recipe.\n\n"
     "Example: rankfold quantize MODEL --scheme int3 --how gptq --calibration wiki.txt --compensate eora --rank 16 "
     "--output model-int3"
@@ -37,7 +42,7 @@ def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     output: Annotated[Path, typer.Option("--output", help="New folder for the quantised model.")],
     scheme: Annotated[str, typer.Option("--scheme", help="int8, int4, int3, int2, ternary, nf4 or fp4.")] = "int4",
-    how: Annotated[str, typer.Option("--how", help="rtn, gptq, or another quantiser's slug.")] = "rtn",
+    how: Annotated[str, typer.Option("--how", help="rtn, gptq, awq, adadim, cbq or another quantiser's slug.")] = "rtn",
     group: Annotated[
         str, typer.Option("--group", metavar="N|channel|tensor", help="Numbers that share a scale.")
     ] = "64",
@@ -80,13 +85,26 @@ def quantize(
     loaded = load_base(model, dtype, None)
     texts = None if calibration is None else _blocks(calibration, loaded.processor, blocks)
     total = len(find(loaded.model, "all-linear"))
-    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task("quantising", total=total)
-        report = rankfold.quantize(
-            loaded.model, asked, rule, calibration=texts, compensate=repair, progress=lambda path: bar.advance(task)
-        )
-    with stderr.status("saving"):
-        rankfold.save_quantized(loaded.model, output, loaded.processor)
+    work = output.parent / f".{output.name}.quantising"
+    try:
+        with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+            task = bar.add_task("quantising", total=total)
+            report = rankfold.quantize(
+                loaded.model,
+                asked,
+                rule,
+                calibration=texts,
+                compensate=repair,
+                progress=lambda path: bar.advance(task),
+                work=work,
+            )
+        with stderr.status("saving"):
+            rankfold.save_quantized(loaded.model, output, loaded.processor)
+    except KeyboardInterrupt:
+        if work.exists():
+            say([f"the blocks that are done are kept in {work}: the same command goes on after them"])
+        raise
+    shutil.rmtree(work, ignore_errors=True)
     error = sum(one.error for one in report.values()) / len(report)
     if json:
         from dataclasses import asdict
@@ -106,10 +124,10 @@ def quantize(
 
 
 def _blocks(path: Path, tokenizer: Any, limit: int) -> list[Any]:
-    from rankfold.audit.forgetting import blocks_of
+    from rankfold.train.encode import token_blocks
 
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RankfoldError(f"--calibration: cannot read {path}: {error}") from None
-    return [{"input_ids": block[None]} for block in blocks_of(text, tokenizer, 256, limit)]
+    return [{"input_ids": block[None]} for block in token_blocks(text, tokenizer, 256, limit)]

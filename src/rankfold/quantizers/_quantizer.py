@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from rankfold.core.attach import attach
 from rankfold.core.calibration import Calibration, Statistic
-from rankfold.core.calibration.blocks import Window, by_block
+from rankfold.core.calibration.blocks import Window, blocks_of, by_block
 from rankfold.core.component import Component, build
 from rankfold.core.layers import Adapted
 from rankfold.core.linalg import svd
@@ -18,6 +19,7 @@ from rankfold.core.packed import Packed, PackedLinear, Scheme
 from rankfold.core.quantized import is_plain
 from rankfold.core.targets import Targets, find
 from rankfold.errors import RankfoldError, UnsupportedError
+from rankfold.quantizers._work import Done, Work
 
 
 class Quantizer(Component):
@@ -101,6 +103,7 @@ def quantize(
     compensate: str | Compensation | None = None,
     name: str = "compensation",
     progress: Callable[[str], object] | None = None,
+    work: str | Path | None = None,
 ) -> dict[str, Quantised]:
     """Put a `PackedLinear` in the place of every linear layer that `targets` names, in the model itself.
 
@@ -117,6 +120,8 @@ def quantize(
         compensate: "lorc", "eora", or one of another rank: its products become a LoRA on the model, active.
         name: of that adapter.
         progress: called after each layer, with its path.
+        work: a folder where each block is kept as soon as it is done. The same call goes on after those that are
+            there; whoever has saved the model removes it.
 
     Returns:
         what became of each layer, by its path.
@@ -130,25 +135,45 @@ def quantize(
     layers: dict[str, Any] = {target.path: target.layer for target in find(model, targets)}
     for path, layer in layers.items():
         _check(path, layer)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        calibration = list(calibration)
+    elif calibration is not None and work is not None:
+        raise RankfoldError("work= knows its data by the batches: quantize(..., calibration=batches)")
+    needs = (*rule.needs(), *(() if repair is None else repair.needs()))
+    kept = None if work is None else Work(work, model, layers, scheme, rule, repair, calibration)
     report: dict[str, Quantised] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad(), _as_it_was(model) as exchange:
-        for window in _windows(model, rule, repair, layers, calibration):
-            for path, packed, kept in rule.pack(window, scheme):
-                layer = layers[path]
-                W, made = weight(layer), PackedLinear.of(layer, packed, kept)
-                E = W - made.dequantise(W.dtype)
-                left, norm = None, max(float(W.norm()), torch.finfo(W.dtype).tiny)
-                if repair is not None:
-                    B, A = pairs[path] = repair.factors(E, window.statistics, path)
-                    left = float((E - B @ A).norm()) / norm
-                exchange(layer, made, pairs.get(path))
-                report[path] = Quantised(made.scheme.bits(*W.shape), float(E.norm()) / norm, left)
+        for number, window in enumerate(_windows(model, rule, repair, layers, calibration)):
+            before = None if kept is None else kept.read(number, window)
+            if before is None and needs and window.calls:
+                window.statistics = window.collect(needs)
+            done: list[Done] = []
+            for one in before or _pack(window, rule, repair, scheme):
+                made = PackedLinear.of(layers[one.path], one.packed, one.scheme)
+                exchange(layers[one.path], made, one.pair)
+                if one.pair is not None:
+                    pairs[one.path] = one.pair
+                report[one.path] = Quantised(one.scheme.bits(made.out_features, made.in_features), one.error, one.left)
+                done.append(one)
                 if progress is not None:
-                    progress(path)
+                    progress(one.path)
+            if kept is not None and before is None:
+                kept.write(number, window, done)
         if repair is not None:
             _attach(model, pairs, name)
     return report
+
+
+def _pack(window: Window, rule: Quantizer, repair: Compensation | None, scheme: Scheme) -> Iterator[Done]:
+    for path, packed, kept in rule.pack(window, scheme):
+        W = weight(window.layers[path])
+        E = W - PackedLinear.of(window.layers[path], packed, kept).dequantise(W.dtype)
+        pair, left, norm = None, None, max(float(W.norm()), torch.finfo(W.dtype).tiny)
+        if repair is not None:
+            B, A = pair = repair.factors(E, window.statistics, path)
+            left = float((E - B @ A).norm()) / norm
+        yield Done(path, packed, kept, pair, float(E.norm()) / norm, left)
 
 
 def _built(given: Any, kind: type[Any], does: str) -> Any:
@@ -176,26 +201,23 @@ def _windows(
     rule: Quantizer,
     repair: Compensation | None,
     layers: dict[str, Any],
-    calibration: Calibration | Iterable[Any] | None,
+    calibration: Calibration | list[Any] | None,
 ) -> Iterator[Window]:
-    """Groups of layers, with the statistics that both read."""
-    needs = (*rule.needs(), *(() if repair is None else repair.needs()))
+    """The layers block by block, with what the blocks are called with where there are batches."""
     size, overlap = rule.span
+    reads = rule.needs() or size or (repair is not None and repair.needs())
     who = rule.slug if rule.needs() or size or repair is None else repair.slug
-    if not needs and not size and calibration is not None:
+    if not reads and calibration is not None:
         raise RankfoldError(f"calibration= was given, but {who} needs no statistics")
-    if (needs or size) and calibration is None:
+    if reads and calibration is None:
         raise RankfoldError(f"{who} needs statistics of the data: quantize(..., calibration=batches)")
     if size and isinstance(calibration, Calibration):
         raise RankfoldError(f"{rule.slug} runs the blocks: quantize(..., calibration=batches), not their statistics")
-    if calibration is None or isinstance(calibration, Calibration):
-        for path, layer in layers.items():
-            yield Window(model, {path: layer}, [path], statistics=calibration)
+    if isinstance(calibration, list):
+        yield from by_block(model, calibration, list(layers), size or 1, overlap, exact=size > 0)
         return
-    for window in by_block(model, calibration, list(layers), size or 1, overlap, exact=size > 0):
-        if needs:
-            window.statistics = window.collect(needs)
-        yield window
+    for paths in blocks_of(layers).values():
+        yield Window(model, {path: layers[path] for path in paths}, paths, statistics=calibration)
 
 
 @contextmanager

@@ -136,6 +136,14 @@ def packed_blocks(texts: Sequence[str], data: Data, tokenizer: Any) -> Iterator[
         yield {"input_ids": block, "labels": list(block)}
 
 
+def token_blocks(text: str, tokenizer: Any, length: int = 128, limit: int = 32) -> list[Any]:
+    """A text as blocks of `length` token ids, (length,) each, the first `limit` of them; at least two."""
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+    if len(ids) < 2 * length:
+        raise RankfoldError(f"the text has {len(ids):,} tokens, and two blocks of {length} take {2 * length:,}")
+    return list(ids[: len(ids) // length * length].split(length))[:limit]
+
+
 def seq2seq_row(row: Row, read: dict[str, Field], data: Data, tokenizer: Any) -> dict[str, list[int]]:
     """The prompt for the encoder, the completion as labels for the decoder; each cut to `max_length`."""
     options = {"truncation": True, "max_length": data.max_length}

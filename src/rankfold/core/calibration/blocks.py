@@ -109,12 +109,9 @@ def by_block(
     first, with the model itself as the block. Where each block's input is not the output of the one before, windows
     are of one block, for which the model runs each time. With `exact` what the unchanged blocks give goes along.
     """
-    batches, blocks = list(batches), dict[str, list[str]]()
+    batches, blocks = list(batches), blocks_of(paths)
     if not batches:
         raise RankfoldError("the calibration batches are empty (is the iterator used up?)")
-    for path in paths:
-        block = layer_of(f"{path}.")
-        blocks.setdefault("" if block is None or block == path else block, []).append(path)
     if outside := blocks.pop("", []):
         layers = {path: model.get_submodule(path) for path in outside}
         yield Window(model, layers, outside, [model], [_whole(model, batch) for batch in batches])
@@ -147,6 +144,15 @@ def by_block(
             for call in calls:
                 del call.others[:leaving]
             stack = stack[leaving:]
+
+
+def blocks_of(paths: Iterable[str]) -> dict[str, list[str]]:
+    """The paths of layers by the repeated block that they are in, "" for those in none."""
+    blocks: dict[str, list[str]] = {}
+    for path in paths:
+        block = layer_of(f"{path}.")
+        blocks.setdefault("" if block is None or block == path else block, []).append(path)
+    return blocks
 
 
 def _whole(model: nn.Module, given: Any) -> Call:
