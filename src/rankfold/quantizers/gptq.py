@@ -24,7 +24,7 @@ class GPTQ(Quantizer):
     weights as they are when the group begins; in the published code they see the feedback of earlier blocks of 128
     columns only. Groups down a column get theirs when the column's turn comes. `act_order` takes columns with large
     inputs first; then in groups along the rows, and with `static_groups` in all, scales are those of the weights before
-    any feedback.
+    any feedback, unless the scheme is `ordered`: its groups are of inputs that are taken one after the other.
     """
 
     slug: ClassVar[str] = "gptq"
@@ -46,20 +46,37 @@ class GPTQ(Quantizer):
             raise RankfoldError(f"gptq: all inputs of {site} are zero in the calibration data")
         return self.rounded(W, H, scheme)
 
+    def ranges(self, groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros of groups (rows, groups, g)."""
+        return ranges(groups, scheme)
+
+    def order(self, H: Tensor) -> Tensor:
+        """The columns as they are taken."""
+        if self.act_order:
+            return H.diagonal().argsort(descending=True, stable=True)
+        return torch.arange(len(H), device=H.device)
+
+    def is_static(self, scheme: Scheme) -> bool:
+        """Whether all scales are those of the weights before any feedback."""
+        return self.static_groups or scheme.group == "tensor" or (self.act_order and scheme.along == "in")
+
     def rounded(self, W: Tensor, H: Tensor, scheme: Scheme) -> Packed:
         """W (out, in) with the second moment H (in, in) of its inputs."""
-        scales, zeros = ranges(grouped(rows_of(W, scheme), scheme), scheme)
+        if scheme.ordered:
+            order = self.order(H)
+            kept, plain = scheme.model_copy(update={"ordered": False}), self.model_copy(update={"act_order": False})
+            return plain.rounded(W[:, order], H[order][:, order], kept)._replace(order=order.int())
+        scales, zeros = self.ranges(grouped(rows_of(W, scheme), scheme), scheme)
         codes = torch.empty(scheme.layout(*W.shape)[:2], dtype=torch.uint8, device=W.device)
-        order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H))
+        order, static = self.order(H), self.is_static(scheme)
         places = order.tolist()
-        static = self.static_groups or scheme.group == "tensor" or (self.act_order and scheme.along == "in")
 
         def along_rows(j: int, M: Tensor) -> Tensor:
             """A column crosses every row: each has its scale, from the group that the column is in."""
             i = places[j]
             g = i // scheme.group if isinstance(scheme.group, int) else 0
             if isinstance(scheme.group, int) and i % scheme.group == 0 and not static:
-                s, z = ranges(M[:, None, j : j + scheme.group], scheme)
+                s, z = self.ranges(M[:, None, j : j + scheme.group], scheme)
                 scales[:, g] = s[:, 0]
                 if zeros is not None and z is not None:
                     zeros[:, g] = z[:, 0]
@@ -73,7 +90,7 @@ class GPTQ(Quantizer):
             """A column is a row of codes."""
             i, column = places[j], M[None, :, j]
             if scheme.group != "tensor" and not static:
-                s, z = ranges(grouped(column, scheme), scheme)
+                s, z = self.ranges(grouped(column, scheme), scheme)
                 scales[i] = s[0]
                 if zeros is not None and z is not None:
                     zeros[i] = z[0]
