@@ -16,7 +16,7 @@ from rankfold.compose.compeft import grid, largest
 from rankfold.compose.compress import compress
 from rankfold.core.checkpoint import SavedDeltas, read
 from rankfold.errors import RankfoldError, UnsupportedError
-from tests.contract.nets import SLUGS, attach, example, net, scramble
+from tests.contract.nets import SLUGS, attach, example, net, net_for, scramble
 
 SLOW = pytest.mark.slow
 TAU = torch.tensor([0.1, -0.4, 0.2, 0.0, -0.3])
@@ -203,7 +203,7 @@ DIFFERENT = {"lora", "dora", "kind", "vera", "sft-sparse", "s2-lora", "mos", "of
 @pytest.mark.parametrize("slug", [slug if slug in DIFFERENT else pytest.param(slug, marks=SLOW) for slug in SLUGS])
 def test_every_method_is_coded_or_refused(slug: str, tmp_path: Path) -> None:
     """Frozen tensors, vectors and whole numbers are stored as they are; the file gives the adapter put beside."""
-    model = net(dtype=torch.float32)
+    model = net_for(slug, dtype=torch.float32)
     adapter = scramble(attach(model, slug))
     rankfold.save(model, tmp_path / "whole")
     matrices = {name for name, p in adapter.named_parameters() if p.dim() > 1}
@@ -216,7 +216,7 @@ def test_every_method_is_coded_or_refused(slug: str, tmp_path: Path) -> None:
         with rankfold.using(model, how):
             expected = output(model)
         path, _ = compress(tmp_path / "whole", how, tmp_path / how)
-        other = net(dtype=torch.float32)
+        other = net_for(slug, dtype=torch.float32)
         rankfold.load(other, path)
         assert torch.equal(output(other), expected)
         state = adapter.state_dict()

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 import rankfold
 from rankfold.core.component import component
 from rankfold.core.method import Method
+from rankfold.core.packed import PackedLinear
 
 SLUGS = [entry.slug for entry in rankfold.methods() if issubclass(component(entry.slug), Method)]
 KINDS = ("linear", "conv1d", "embedding", "conv", "experts", "norm")
@@ -69,6 +70,32 @@ def net(kind: str = "linear", dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(1)
     model = Experts() if kind == "experts" else Block(kind)
     return model.to(dtype).eval()
+
+
+def net_for(slug: str, kind: str = "linear", dtype: torch.dtype = torch.float64) -> nn.Module:
+    """`net`, with packed linear layers for a method that sits on nothing else."""
+    model = net(kind, dtype)
+    if kind == "linear" and "float" not in rankfold.build(slug).over:
+        rankfold.quantize(model, rankfold.Scheme(format="int4", group=8), targets=["fc1", "fc2"])
+    return model
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the tensors in the model's state_dict; a packed layer has its dense weight for codes and scales."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(path)
+        if not isinstance(layer, PackedLinear) or leaf == "bias":
+            state[name] = tensor.clone()
+        elif leaf == "weight":
+            state[name] = layer.dequantise()
+    return state
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether the tensors are equal to the last bit, and of the same names and dtypes."""
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 def example(kind: str = "linear", rows: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:

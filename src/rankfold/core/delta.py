@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rankfold.core.quantized import dense
+from rankfold.core.packed import Packed, Scheme, dequantise
+from rankfold.core.quantized import base_of, dense
 from rankfold.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ class Site:
         return self.layer._parameters[self.parameter]
 
     @property
+    def base(self) -> str:
+        """How the layer keeps its weight: as `over` of a `Method` says it; "float" where only shapes matter."""
+        return "float" if self.layer is None else base_of(self.stored, self.layer)
+
+    @property
     def device(self) -> torch.device | None:
         return None if self.layer is None else self.stored.device
 
@@ -77,13 +83,17 @@ class Delta(nn.Module):
     - `factors() -> (B (out, r), A (r, in))`: the change is `ΔW = scale · B A`;
     - `update() -> ΔW (out, in)`;
     - `transform(W) -> W'`: for a change that depends on the base weight;
+    - `scales(s) -> s'`: for a change of the scales (rows, groups) of a packed base, which stays packed when merged;
     - none of them but `forward(x, y) -> y'`: for a change that is no matrix, with y the base layer's output.
 
     beside which it may say
     - `bias_update(b) -> Δb (out,)`: a change of the layer's bias b (None for a layer without);
     - `forward(x, y)`, and `inputs(x)`: a cheaper way to compute what `transform` defines. The base then gets
       `inputs(x)`, and its output y goes through `forward`. The contract test holds both against each other;
-    - `linear(x, W, b)`: a cheaper way to `x (W + ΔW)ᵀ + b` in linear layers than to form the ΔW of `update`.
+    - `linear(x, W, b)`: a cheaper way to `x W'ᵀ + b` in linear layers than to form the ΔW of `update`, or the W' of
+      `transform`;
+    - `pack(W) -> codes and scales, scheme`: where `transform` gives a weight of few bits, that weight as it is packed.
+      Merging then leaves a packed layer.
 
     From that the core derives the fused forward, routing by row, merging, export as a plain LoRA and the rest.
     Everything works on a leading expert dimension if the method writes `@`, `.mT` and negative dimensions.
@@ -96,6 +106,7 @@ class Delta(nn.Module):
     scale: float = 1.0
     dropout: float = 0.0  # probability; acts on the input of the `factors` product
     form: ClassVar[str]
+    packs: ClassVar[bool]  # ends as a packed weight
     direct: ClassVar[bool]  # computes its output from x and y itself
     biased: ClassVar[bool]  # changes the bias
     fused: ClassVar[bool]  # computes a linear layer's product itself
@@ -119,7 +130,8 @@ class Delta(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        said = [name for name in ("factors", "update", "transform") if getattr(cls, name) is not getattr(Delta, name)]
+        ways = ("factors", "update", "transform", "scales")
+        said = [name for name in ways if getattr(cls, name) is not getattr(Delta, name)]
         if len(said) > 1:
             raise TypeError(f"{cls.__name__} says its change in {len(said)} ways ({', '.join(said)}): say it in one")
         if said:
@@ -131,6 +143,7 @@ class Delta(nn.Module):
         cls.direct = cls.forward is not Delta.forward or cls.inputs is not Delta.inputs
         cls.biased = cls.bias_update is not Delta.bias_update
         cls.fused = cls.linear is not Delta.linear
+        cls.packs = cls.pack is not Delta.pack
         cls.stackable = cls.form == "factors" and not cls.direct and not cls.biased
 
     def start(self, rng: torch.Generator) -> None:
@@ -146,6 +159,12 @@ class Delta(nn.Module):
     def transform(self, W: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def scales(self, s: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def pack(self, W: Tensor) -> tuple[Packed, Scheme]:
+        raise NotImplementedError
+
     def bias_update(self, b: Tensor | None) -> Tensor | None:
         return None
 
@@ -153,7 +172,7 @@ class Delta(nn.Module):
         return x
 
     def linear(self, x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
-        """`x (W + ΔW)ᵀ + b`; W and b are None where the base's product is made apart (a 16-bit or quantised W)."""
+        """`x W'ᵀ + b`. An `update` gets None for W and b where the base's product is made apart (16 bits or fewer)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -170,6 +189,14 @@ class Delta(nn.Module):
     def W(self) -> Tensor:
         """The frozen dense base weight (out, in) under this delta; after `fold`, with the offset taken out."""
         return self.folded if self.is_folded else self.layer.to_matrix(dense(self.site.stored, self.layer))
+
+    def kept_scales(self) -> Tensor:
+        """`scales(s)` of the packed layer, rounded to the dtype that it keeps scales in, so that merging is exact.
+
+        Gradients pass through the rounding as if it were not there.
+        """
+        new = self.scales(self.layer.packed.scales.to(self.site.dtype))
+        return as_kept(new, self.layer.scales.dtype)
 
     @property
     def b(self) -> Tensor | None:
@@ -248,6 +275,10 @@ class Delta(nn.Module):
                 if self.is_folded:  # then `pair()` leaves the offset out, and so must the weight
                     W = W - self.scale * (self.B0.to(W.dtype) @ self.A0.to(W.dtype))
                 return self.transform(W)
+            case "scales":
+                layer: Any = self.layer
+                packed = layer.packed._replace(scales=self.kept_scales())
+                return dequantise(packed, (self.site.out, self.site.in_), layer.scheme, W.dtype)
             case "bias":
                 return W
         raise UnsupportedError(
@@ -308,6 +339,11 @@ class Delta(nn.Module):
             B0, A0 = torch.cat([self.B0, B0], -1), torch.cat([self.A0, A0], -2)
         self.register_buffer("B0", B0.clone())
         self.register_buffer("A0", A0.clone())
+
+
+def as_kept(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values rounded to a dtype, in their own; gradients pass as if they were not."""
+    return values.detach().to(dtype).to(values.dtype) + (values - values.detach())
 
 
 @torch.no_grad()

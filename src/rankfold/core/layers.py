@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rankfold.core.delta import Delta, Site
 from rankfold.core.lowrank import add_lowrank, add_lowrank_rows, lowrank_linear
+from rankfold.core.packed import PackedLinear
 from rankfold.core.quantized import is_plain, prepare
 from rankfold.core.routing import Rows, State
 from rankfold.errors import RankfoldError, UnsupportedError
@@ -131,6 +132,8 @@ class Adapted:
     def adapted(self, x: Tensor, delta: Delta) -> Tensor:
         """The output under the whole of one delta."""
         change = delta.bias_update(self.own_bias) if delta.biased and not delta.direct else None
+        if delta.form == "scales":
+            return self.multiply(x, delta.kept_scales())  # type: ignore[attr-defined]
         if delta.direct:
             y = self.base(delta.inputs(x).to(x.dtype) if x.is_floating_point() else x, delta)
             return delta(x, y).to(y.dtype)
@@ -192,7 +195,8 @@ class AdaptedLinear(Adapted):
     @staticmethod
     def sites(name: str, layer: Any) -> list[Site]:
         shape = (layer.out_features, layer.in_features)
-        return [Site(name, "linear", shape, layer.bias is not None, _delta_dtype(layer.weight))]
+        dtype = layer.dtype if isinstance(layer, PackedLinear) else layer.weight.dtype
+        return [Site(name, "linear", shape, layer.bias is not None, _delta_dtype(dtype))]
 
     def base(self, x: Tensor, delta: Delta | None = None) -> Tensor:
         y = super().base(x, delta)
@@ -207,7 +211,7 @@ class AdaptedLinear(Adapted):
     def adapted(self, x: Tensor, delta: Delta) -> Tensor:
         if not delta.fused or x.is_nested:
             return super().adapted(x, delta)
-        if self.exact_sum(delta):
+        if delta.form == "transform" or self.exact_sum(delta):
             return delta.linear(x, delta.W, self.own_bias)
         y = self.base(x, delta)
         return y + delta.linear(x, None, None).to(y.dtype)
@@ -253,7 +257,7 @@ class AdaptedConv1D(AdaptedLinear):
 
     @staticmethod
     def sites(name: str, layer: Any) -> list[Site]:
-        return [Site(name, "conv1d", tuple(reversed(layer.weight.shape)), True, _delta_dtype(layer.weight))]
+        return [Site(name, "conv1d", tuple(reversed(layer.weight.shape)), True, _delta_dtype(layer.weight.dtype))]
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
@@ -270,7 +274,11 @@ class AdaptedEmbedding(Adapted):
 
     @staticmethod
     def sites(name: str, layer: Any) -> list[Site]:
-        return [Site(name, "embedding", (layer.embedding_dim, layer.num_embeddings), False, _delta_dtype(layer.weight))]
+        return [
+            Site(
+                name, "embedding", (layer.embedding_dim, layer.num_embeddings), False, _delta_dtype(layer.weight.dtype)
+            )
+        ]
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
@@ -305,7 +313,7 @@ class AdaptedConv(Adapted):
     @staticmethod
     def sites(name: str, layer: Any) -> list[Site]:
         shape = (layer.out_channels, layer.weight[0].numel())
-        return [Site(name, "conv", shape, layer.bias is not None, _delta_dtype(layer.weight))]
+        return [Site(name, "conv", shape, layer.bias is not None, _delta_dtype(layer.weight.dtype))]
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -344,7 +352,7 @@ class AdaptedNorm(Adapted):
     def sites(name: str, layer: Any) -> list[Site]:
         if layer.bias is None:
             return []
-        return [Site(name, "norm", (layer.bias.numel(), 0), True, _delta_dtype(layer.bias), parameter="bias")]
+        return [Site(name, "norm", (layer.bias.numel(), 0), True, _delta_dtype(layer.bias.dtype), parameter="bias")]
 
 
 class AdaptedExperts(Adapted):
@@ -363,7 +371,7 @@ class AdaptedExperts(Adapted):
             if _is_expert_weight(weight):
                 shape = weight.shape if not getattr(layer, "is_transposed", False) else weight.mT.shape
                 sites.append(
-                    Site(f"{name}.{parameter}", "experts", tuple(shape), False, _delta_dtype(weight), parameter)
+                    Site(f"{name}.{parameter}", "experts", tuple(shape), False, _delta_dtype(weight.dtype), parameter)
                 )
         return sites
 
@@ -485,9 +493,9 @@ def _padded(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return F.pad(B, (0, missing)), F.pad(A, (0, 0, 0, missing))
 
 
-def _delta_dtype(weight: Tensor) -> torch.dtype:
+def _delta_dtype(dtype: torch.dtype) -> torch.dtype:
     """Deltas of 16-bit and quantised weights train in float32; otherwise in the weight's own dtype."""
-    return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def _is_expert_weight(weight: Tensor | None) -> bool:
@@ -577,6 +585,30 @@ def restore_layer(layer: Any) -> None:
             del layer._modules[name]
         _change_class(layer, layer._plain)
         del layer.__dict__["_rankfold"]
+
+
+def pack_layer(layer: Any, packed: PackedLinear) -> None:
+    """Make an adapted linear layer a packed one; `unpack_layer` takes back everything but the weight itself."""
+    unpack_layer(layer)
+    own: dict[str, Any] = layer.__dict__
+    attributes = {name: value for name, value in packed.__dict__.items() if name not in own}
+    parameters = {name: tensor for name, tensor in packed._parameters.items() if name not in layer._parameters}
+    own["_unpacked"] = layer._made_from, [*attributes], [*parameters], [*packed._buffers]
+    own |= attributes
+    layer._parameters |= {**parameters, "weight": packed.weight}
+    layer._buffers |= packed._buffers
+    _change_class(layer, adapted_class(layer._made_from[0], PackedLinear))
+
+
+def unpack_layer(layer: Any) -> None:
+    """Give a layer that `pack_layer` made the class and the attributes back that it had. Others are left alone."""
+    if "_unpacked" not in layer.__dict__:
+        return
+    made_from, *added = layer.__dict__.pop("_unpacked")
+    for names, held in zip(added, (layer.__dict__, layer._parameters, layer._buffers), strict=True):
+        for name in names:
+            del held[name]
+    _change_class(layer, adapted_class(*made_from))
 
 
 def home(site: Site) -> dict[str, Any]:

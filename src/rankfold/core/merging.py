@@ -1,13 +1,15 @@
 """Writing adapters into the base weights, and taking them out again to the last bit."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.core.adapter import Adapter
+from rankfold.core.layers import pack_layer, unpack_layer
+from rankfold.core.packed import PackedLinear
 from rankfold.core.quantized import is_plain
 from rankfold.core.routing import State, state_of
 from rankfold.errors import RankfoldError, UnsupportedError
@@ -19,13 +21,14 @@ def merge(model: nn.Module, name: str | None = None) -> None:
     The original weights are kept beside the merged ones until `unmerge` or `detach` puts them back, bit for bit.
     Several merged adapters act one after the other, in the order of merging, and can be unmerged in any order. While
     an adapter is merged, choosing it runs the base as it stands, and `state_dict` leaves its deltas out:
-    `model.save_pretrained` then writes an ordinary model.
+    `model.save_pretrained` then writes an ordinary model. A packed base stays packed under what changes its scales, and
+    what ends in few bits itself leaves packed layers; `rankfold.save_quantized` writes those.
 
     A weight that is tied to another module's is untied first (with a warning, and `config.tie_word_embeddings` set to
     False so that a saved model stays untied); unmerging ties them again.
 
     Raises:
-        UnsupportedError: the method's change is no matrix, or a base weight is quantised.
+        UnsupportedError: the method's change is no matrix, or one that a base weight in few bits cannot take in.
         RankfoldError: unknown or already merged adapter, or the result holds NaN or infinity; nothing is changed.
     """
     state = state_of(model)
@@ -40,7 +43,7 @@ def merge(model: nn.Module, name: str | None = None) -> None:
             )
         if delta.strength is not None:
             raise RankfoldError(f"{delta.site.name}: a rank plan is weighing the layers of {name!r}; end it first")
-        if delta.form != "bias" and not is_plain(delta.site.stored):
+        if delta.form not in ("bias", "scales") and not delta.packs and not is_plain(delta.site.stored):
             raise UnsupportedError(
                 f"{delta.site.name} is quantised: merging would round its weight again and change what the model "
                 "computes. Keep the adapter unmerged, or load the base in float and merge there"
@@ -67,19 +70,25 @@ def _rewrite(state: State, merged: tuple[str, ...]) -> None:
     """Make the base what `merged` says, from the original weights; all tensors are computed before any is set."""
     with state.lock:
         new: dict[str, Tensor] = {}
+        packed: dict[str, PackedLinear] = {}
         for name in merged:
-            for path, tensor in _merged_tensors(state, state.adapters[name], new):
+            for path, tensor, layer in _merged_tensors(state, state.adapters[name], new):
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise RankfoldError(
                         f"merging {name!r} would put NaN or infinity into {path}; the base is unchanged"
                     )
                 new[path] = tensor
+                if layer is not None:
+                    packed[path] = layer
         for path in state.originals.keys() - new.keys():
             _put(state.model, path, _like_now(state, path))
             del state.originals[path]
         _untie(state, [path for path in new if path not in state.originals])
         for path, tensor in new.items():
             state.originals.setdefault(path, _get(state.model, path))
+            if path in packed:
+                pack_layer(_layer(state.model, path), packed[path])
+                continue
             now = state.originals[path]
             tensor = tensor.to(now.dtype)
             _put(
@@ -93,25 +102,37 @@ def _rewrite(state: State, merged: tuple[str, ...]) -> None:
         state.activate(state.active)
 
 
-def _merged_tensors(state: State, adapter: Adapter, new: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _merged_tensors(
+    state: State, adapter: Adapter, new: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, PackedLinear | None]]:
+    """What the adapter makes of `new`, or of the original weights; with the packed layer where it makes one."""
+
     def before(path: str) -> Tensor:
         return new[path] if path in new else _original(state, path)
 
     for delta in adapter.deltas.values():
         site, layer = delta.site, delta.layer
         path = site.name if site.kind == "experts" else f"{site.name}.{site.parameter}"
-        if delta.form != "bias":
+        if delta.form == "scales":
+            path = f"{site.name}.scales"
+            s = before(path)
+            yield path, delta.scales(s.to(site.dtype)).to(s.dtype), None
+        elif delta.form != "bias":
             W = layer.to_matrix(before(path))
-            W = W if W.dtype == torch.float64 else W.float()
-            yield path, layer.from_matrix(delta.adapted_weight(W)).to(before(path).dtype).contiguous()
+            dtype, W = W.dtype, W if W.dtype == torch.float64 else W.float()
+            merged, packed = layer.from_matrix(delta.adapted_weight(W)).to(dtype).contiguous(), None
+            if delta.packs:
+                packed = PackedLinear.of(layer, *delta.pack(W))
+                packed.dtype = dtype
+            yield path, merged, packed
         if delta.biased and layer.own_bias is not None:
             path = f"{site.name}.bias"
             change = delta.bias_update(before(path))
             if change is not None:
-                yield path, before(path) + change.to(before(path).dtype)
+                yield path, before(path) + change.to(before(path).dtype), None
     for path, copied in adapter.modules.items():
         for name, tensor in (*copied.module.named_parameters(), *copied.module.named_buffers()):
-            yield f"{path}.{name}", tensor.detach().clone()
+            yield f"{path}.{name}", tensor.detach().clone(), None
 
 
 def _original(state: State, path: str) -> Tensor:
@@ -120,15 +141,21 @@ def _original(state: State, path: str) -> Tensor:
 
 def _like_now(state: State, path: str) -> Any:
     """The original, where the model was meanwhile moved to another device or dtype: moved likewise."""
-    original, now = state.originals[path], _get(state.model, path)
-    if (original.device, original.dtype) != (now.device, now.dtype):
-        original.data = original.data.to(device=now.device, dtype=now.dtype)
+    original, now, layer = state.originals[path], _get(state.model, path), _layer(state.model, path)
+    dtype = now.dtype
+    if not now.is_floating_point():  # codes, of a layer whose scales tell
+        dtype = original.dtype if layer.scales.dtype == getattr(torch, layer.scheme.scales) else layer.scales.dtype
+    if (original.device, original.dtype) != (now.device, dtype):
+        original.data = original.data.to(device=now.device, dtype=dtype)
     return original
 
 
+def _layer(model: nn.Module, path: str) -> Any:
+    return model.get_submodule(path.rpartition(".")[0])
+
+
 def _home(model: nn.Module, path: str) -> tuple[dict[str, Any], str]:
-    parent, _, leaf = path.rpartition(".")
-    module = model.get_submodule(parent)
+    module, leaf = _layer(model, path), path.rpartition(".")[2]
     return (module._parameters if leaf in module._parameters else module._buffers), leaf
 
 
@@ -139,6 +166,8 @@ def _get(model: nn.Module, path: str) -> Any:
 
 def _put(model: nn.Module, path: str, tensor: Any) -> None:
     home, leaf = _home(model, path)
+    if leaf == "weight":
+        unpack_layer(_layer(model, path))
     home[leaf] = tensor
 
 

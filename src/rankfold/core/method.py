@@ -18,6 +18,14 @@ Dropout = Annotated[float, Field(ge=0, lt=1, description="probability of droppin
 Iterations = Annotated[int | None, Field(ge=0, description="power iterations of a randomised SVD; None: exact")]
 
 
+BASES = ("float", "packed", "foreign")
+OTHER_BASES = {
+    ("packed",): "it changes the scales of a packed linear layer, and this is none: make a packed base first, with "
+    "`rankfold quantize` or rankfold.quantize(model, Scheme(...))",
+    ("float",): "it rounds the float weight itself, and this one is quantised: load the base in float",
+}
+
+
 class Start(NamedTuple):
     """Where a product starts: `B (out, r)`, `A (r, in)`, and `M (r, r)` between them (None is I).
 
@@ -44,6 +52,8 @@ class Method(Component):
 
     axis: ClassVar[str] = "deltas"
     bias_only: ClassVar[bool] = False  # changes nothing but biases, so it can sit on layers without a weight matrix
+    # What it can sit on: float weights, packed ones (`rankfold.quantize`), those of other libraries in few bits.
+    over: ClassVar[tuple[str, ...]] = BASES
     departs: ClassVar[str | None] = None  # why a fresh delta does not compute what the layer did, if so
     # The hyperparameter that says how many numbers it trains; a method without such a field has one size only.
     size: ClassVar[str] = "rank"
@@ -79,6 +89,8 @@ class Method(Component):
         """Why this method cannot sit on the site, for its own reasons or the layer's; None if it can."""
         if site.kind == "norm" and not self.bias_only:
             return "a normalisation has no weight matrix"
+        if site.base not in self.over:
+            return OTHER_BASES[self.over]
         return self.refuses(site)
 
     def num_parameters(self, sites: Sequence[Site], seed: int = 0) -> int:

@@ -350,7 +350,7 @@ class PackedLinear(nn.Linear):
         x = rounded(x, self.scheme.activations)
         x = x if self.order is None else x[..., self.order]
         y: Any = _Multiply.apply(x, self.weight, scales, self.zeros, shape, self.scheme)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.scheme.format}, group={self.scheme.group}"

@@ -22,6 +22,13 @@ def is_plain(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS
 
 
+def base_of(weight: Tensor, layer: Any) -> str:
+    """How the layer keeps the weight: "float", "packed" (a `PackedLinear`), or "foreign", as another library has it."""
+    if isinstance(layer, PackedLinear):
+        return "packed"
+    return "float" if is_plain(weight) else "foreign"
+
+
 def dense(weight: Tensor, layer: Any = None) -> Tensor:
     """The weight as an ordinary floating-point tensor: itself if it is one, else as its own library dequantises it.
 

@@ -7,7 +7,8 @@ import torch
 
 from rankfold.core.component import components
 from rankfold.core.delta import Site
-from rankfold.core.method import Method
+from rankfold.core.method import BASES, OTHER_BASES, Method
+from rankfold.core.packed import PackedLinear, Scheme
 
 KINDS = ("linear", "conv1d", "embedding", "conv", "experts", "norm")
 
@@ -39,15 +40,20 @@ def methods() -> list[Entry]:
     return entries
 
 
-def example_site(kind: str) -> Site:
-    """A small site of a kind, with shapes only."""
+def example_site(kind: str, base: str = "float") -> Site:
+    """A small site of a kind, with shapes only; over a packed base a linear one, with an empty layer."""
     shape = {"experts": (4, 64, 64), "norm": (64, 0), "conv": (64, 64 * 9)}.get(kind, (64, 64))
-    return Site("example", kind, shape, kind in ("linear", "conv1d", "conv", "norm"), torch.float32)
+    site = Site("example", kind, shape, kind in ("linear", "conv1d", "conv", "norm"), torch.float32)
+    if base == "packed" and kind == "linear":
+        site.layer = PackedLinear(64, 64, Scheme(), True, torch.float32, None)
+    return site
 
 
 def _supports(method: Method) -> dict[str, bool | str]:
-    supports: dict[str, bool | str] = {kind: method.refusal(example_site(kind)) or True for kind in KINDS}
-    site = example_site("linear")
+    base = method.over[0]
+    supports: dict[str, bool | str] = {kind: method.refusal(example_site(kind, base)) or True for kind in KINDS}
+    supports |= {f"{base}-base": base in method.over or OTHER_BASES[method.over] for base in BASES}
+    site = example_site("linear", base)
     delta = method.delta(site, method.shared([site], 0))
     function = "its change is a function of the output, not a ΔW"
     if delta.form == "function":
