@@ -27,9 +27,8 @@ class _Decodes:
         lengths = torch.tensor([table.length for table in tables])
         self.at = torch.tensor(at)
         width = int(lengths.max())
-        pages = torch.tensor(
-            [table.pages + table.pages[:1] * (-(-width // pool.block) - len(table.pages)) for table in tables]
-        )
+        most = max(len(table.pages) for table in tables)
+        pages = torch.tensor([table.pages + table.pages[:1] * (most - len(table.pages)) for table in tables])
         token = torch.arange(width)
         token = torch.where(token < lengths[:, None], token, 0)  # a row that is there stands in for those that are not
         self.rows = pool.row(pages.gather(1, token // pool.block), token % pool.block)

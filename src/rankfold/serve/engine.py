@@ -3,14 +3,16 @@
 Continuous batching over paged keys and values (arXiv 2309.06180) and paged adapters (S-LoRA, arXiv 2311.03285).
 """
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +21,20 @@ from rankfold.core.control import using
 from rankfold.core.routing import find_state
 from rankfold.errors import RankfoldError, UnsupportedError
 from rankfold.serve.attention import NAME, Shape, Step, running
-from rankfold.serve.library import Library, PoolFullError
-from rankfold.serve.pool import BLOCK, Pool, Table
+from rankfold.serve.library import Library
+from rankfold.serve.pool import BLOCK, Pool, PoolFullError, Table
 from rankfold.serve.request import OverloadedError, Request, Sampling
 from rankfold.serve.schedule import in_turn, peak
 from rankfold.serve.segments import Products, Segment
+
+T = TypeVar("T")
+
+
+class AdapterInUseError(RankfoldError):
+    """Requests that were accepted still need the adapter as it was."""
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,11 +107,20 @@ class Engine:
             self.library = Library(model, folder, self.pool, self._products, host_memory)
             self._running: list[Request] = []
             self._waiting: deque[Request] = deque()
+            self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
             self._mutex, self._stepping = threading.Lock(), threading.Lock()
             self._wake = threading.Event()
             self._thread: threading.Thread | None = None
             self._closing = False
-            self.counts = {"steps": 0, "rows": 0, "tokens": 0, "finished": 0, "failed": 0, "cancelled": 0}
+            self.counts = {
+                "steps": 0,
+                "rows": 0,
+                "tokens": 0,
+                "finished": 0,
+                "failed": 0,
+                "cancelled": 0,
+                "preempted": 0,
+            }
             self.per_request = 1.0  # seconds that one takes, of late
             self._check(expected)
         except BaseException:
@@ -154,7 +174,7 @@ class Engine:
             )
         if peak([(0, total - 1)], self.pool.block) > len(self.pool):
             raise RankfoldError(
-                f"{total} tokens need more than all {len(self.pool)} pages of memory: ask for fewer, or raise max_memory"
+                f"{total} tokens need more than {len(self.pool)} pages, the whole pool: ask for fewer, or raise max_memory"
             )
         if adapter is not None:
             self.library.check(adapter)
@@ -182,11 +202,54 @@ class Engine:
         self._wake.set()
         return request
 
+    def unload(self, adapter: str) -> None:
+        """Take an adapter out of service, until `restore`. What was accepted is answered, then its memory is free."""
+        self.library.withdraw(adapter)
+        self.between(lambda: self._drop_withdrawn(adapter))
+
+    def restore(self, adapter: str) -> None:
+        """Serve an adapter again that was unloaded; its files are read anew. To be called between two steps."""
+        self._drop_withdrawn(adapter)
+        if adapter in self.library.withdrawn and self.library.entry(adapter) is not None:
+            raise AdapterInUseError(f"requests for {adapter!r} as it was are still being answered: try again later")
+        self.library.withdrawn.discard(adapter)
+
+    def _drop_withdrawn(self, adapter: str | None) -> None:
+        with self._mutex:
+            used = any(r.adapter == adapter for r in (*self._waiting, *self._running))
+        if adapter in self.library.withdrawn and not used:
+            self.library.drop(adapter)
+
     # ---- running
+
+    @property
+    def alive(self) -> bool:
+        """Whether a thread steps."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def between(self, errand: Callable[[], T]) -> "Future[T]":
+        """Have `errand` called between two steps, by whoever steps, where nothing else uses model, pool or library."""
+        future: Future[T] = Future()
+        self._errands.append((future, errand))
+        self._wake.set()
+        if not self.alive:
+            with self._stepping:
+                self._run_errands()
+        return future
+
+    def _run_errands(self) -> None:
+        while self._errands:
+            future, errand = self._errands.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(errand())
+                except BaseException as error:
+                    future.set_exception(error)
 
     def step(self) -> bool:
         """One forward for all that run; False if nothing is left to do."""
         with self._stepping:
+            self._run_errands()
             self._drop_cancelled()
             self._admit()
             batch = self._batch()
@@ -208,9 +271,21 @@ class Engine:
 
     def _loop(self) -> None:
         while not self._closing or self._running or self._waiting:
-            if not self.step():
+            try:
+                busy = self.step()
+            except Exception as error:  # nobody shall wait for ever
+                _log.exception("a step failed, and all requests with it")
+                busy = True
+                with self._mutex:
+                    gone = [*self._running, *self._waiting]
+                    self._waiting.clear()
+                for request in gone:
+                    self._finish(request, None, error)
+            if not busy:
                 self._wake.wait(0.1)
                 self._wake.clear()
+        with self._stepping:
+            self._run_errands()
 
     def close(self, drain: bool = True) -> None:
         """Finish what was accepted, or with `drain=False` cancel it; the model is as it was found, then."""
@@ -258,6 +333,8 @@ class Engine:
             request.table.free()
         if not request.done:
             request.end(finish, error)
+        if request.adapter in self.library.withdrawn:
+            self._drop_withdrawn(request.adapter)
         if error is None and finish != "cancelled":
             self.per_request += 0.1 * (time.monotonic() - request.submitted - self.per_request)
 
@@ -302,7 +379,7 @@ class Engine:
                 return None
             own = 0 if request.adapter in present else entry.size
         charged = sum(e.size for e in self.library.in_pool if e.name in present) + own
-        loads = [(r.read, r.left) for r in self._running] + [(0, request.left)]
+        loads = [r.load for r in (*self._running, request)]
         if peak(loads, self.pool.block) + charged > len(self.pool):
             if not self._running:
                 raise RankfoldError(
@@ -326,20 +403,31 @@ class Engine:
         return True
 
     def _batch(self) -> list[tuple[Request, int]]:
-        """Who has how many rows in the next forward: who writes has one, prompts share what is left."""
+        """Who has how many rows in the next forward: who writes has one, what is yet to be read shares what is left."""
         left = self.limits.step_tokens
-        writing = [r for r in self._running if r.left < r.max_new_tokens]
-        rows = dict.fromkeys(writing[:left], 1)
-        left -= len(rows)
-        for request in self._running:
-            if request not in rows and left > 0:
-                rows[request] = min(len(request.prompt) - request.read, left)
+        rows: dict[Request, int] = {}
+        for request in sorted(self._running, key=lambda r: r.unread > 1):
+            if left:
+                rows[request] = min(request.unread, left)
                 left -= rows[request]
+        while not self._room(rows):
+            # The last that came starts again later: what it wrote is kept, and read like a prompt.
+            last = self._running.pop()
+            rows.pop(last, None)
+            last.table.free()
+            last.read = 0
+            self.counts["preempted"] += 1
+            with self._mutex:
+                self._waiting.appendleft(last)
         return sorted(rows.items(), key=lambda item: (item[0].adapter or "", item[0].number))
 
+    def _room(self, rows: Mapping[Request, int]) -> bool:
+        """Whether the pool has pages for these rows, after adapters that nobody uses have left it."""
+        block = self.pool.block
+        needed = sum(-(-(r.table.length + n) // block) - len(r.table.pages) for r, n in rows.items())
+        return self.library.make_room(needed, self._present().__contains__)
+
     def _advance(self, batch: list[tuple[Request, int]]) -> None:
-        needed = sum(-(-(r.table.length + n) // self.pool.block) - len(r.table.pages) for r, n in batch)
-        self.library.make_room(needed, self._present().__contains__)
         for request, n in batch:
             request.table.extend(n)
         try:
@@ -356,13 +444,13 @@ class Engine:
             if request.done:
                 continue
             request.read += n
-            if request.read < len(request.prompt):
+            if request.unread:
                 continue
             try:
                 request.take(logits[at])
                 self.counts["tokens"] += 1
-            except Exception as error:  # NaN, say, from an adapter that overflows
-                self._finish(request, None, RankfoldError(f"no token can be drawn: {error}"))
+            except Exception as error:
+                self._finish(request, None, error)
             at += 1
             if request.done:
                 self._finish(request, request.finish)
@@ -378,7 +466,7 @@ class Engine:
         return torch.cat(logits) if logits else torch.empty(0)
 
     def _forward(self, batch: list[tuple[Request, int]]) -> Tensor:
-        """Logits (requests whose prompt is read, V) of their next tokens."""
+        """Logits (requests that are read to their ends, V) of their next tokens."""
         step = Step(self.pool, [r.table for r, _ in batch], [n for _, n in batch])
         ids: list[int] = []
         last: list[int] = []
@@ -386,10 +474,8 @@ class Engine:
         segments: list[Segment] = []
         for request, n in batch:
             start = len(ids)
-            text = request.prompt if request.read < len(request.prompt) else request.tokens
-            begin = request.read if text is request.prompt else request.read - len(request.prompt)
-            ids += text[begin : begin + n]
-            if request.read + n >= len(request.prompt):
+            ids += request.next(n)
+            if request.unread == n:
                 last.append(len(ids) - 1)
             entry = None if request.adapter is None else self.library.entry(request.adapter)
             placed = None if entry is None else entry.placed
@@ -414,12 +500,13 @@ class Engine:
     def _check(self, expected: Tensor) -> None:
         """Refuse a model that gives other logits over pages than by itself."""
         request = Request(_PROBE[:4], None, 3, Sampling(), frozenset(), None, None)
-        request.table, request.tokens = Table(self.pool), list(_PROBE[4:])
+        request.table = Table(self.pool)
         got = []
-        for n in (3, 1, 1, 1):
+        for n, behind in ((3, []), (1, _PROBE[4:5]), (1, _PROBE[5:]), (1, [])):
             request.table.extend(n)
             got.append(self._forward([(request, n)]))
             request.read += n
+            request.tokens += behind
         request.table.free()
         logits = torch.cat(got)
         close = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.1

@@ -1,8 +1,10 @@
 """The adapters of a folder: on disk, in host memory, in the pool. S-LoRA: Sheng et al. 2023, arXiv 2311.03285."""
 
+import contextlib
 import copy
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,8 +20,8 @@ from rankfold.core.control import detach
 from rankfold.core.document import TENSORS
 from rankfold.core.peft import import_peft
 from rankfold.core.routing import NAME
-from rankfold.errors import RankfoldError
-from rankfold.serve.pool import Pool, PoolFullError
+from rankfold.errors import AdapterFileError, RankfoldError
+from rankfold.serve.pool import Pool
 from rankfold.serve.segments import Placed, Product, Products, as_product
 
 _PEFT = "adapter_model.safetensors"
@@ -96,6 +98,7 @@ class Library:
         self._entries: dict[str, Entry] = {}
         self._turns = itertools.count(1)
         self.live: set[str] = set()  # attached by somebody else, and to be left alone
+        self.withdrawn: set[str] = set()  # out of service; what was accepted before may still use them
         self.counts = {"reads": 0, "placed": 0, "evicted": 0}
 
     # ---- what there is
@@ -105,7 +108,7 @@ class Library:
         found = set(self.live)
         if self.folder is not None:
             found |= {p.name for p in self.folder.iterdir() if NAME.fullmatch(p.name) and _holds_adapter(p)}
-        return sorted(found)
+        return sorted(found - self.withdrawn)
 
     def path(self, name: str) -> Path:
         """The folder of an adapter. Raises UnknownAdapterError; no name leads out of the library's folder."""
@@ -117,8 +120,17 @@ class Library:
         return path
 
     def check(self, name: str) -> None:
+        """Raises UnknownAdapterError where requests for it are not to be accepted."""
+        if name in self.withdrawn:
+            raise UnknownAdapterError(f"the adapter {name!r} was unloaded")
         if name not in self.live:
             self.path(name)
+
+    def withdraw(self, name: str) -> None:
+        """Take it out of service. Raises UnknownAdapterError where it is none of the folder's, or out already."""
+        self.check(name)
+        self.path(name)
+        self.withdrawn.add(name)
 
     # ---- into host memory
 
@@ -148,10 +160,8 @@ class Library:
         """Until one of the adapters that are being read is there."""
         for entry in list(self._entries.values()):
             if entry.reading is not None:
-                try:
+                with contextlib.suppress(TimeoutError):
                     entry.reading.exception(timeout)
-                except TimeoutError:
-                    pass
                 return
 
     def _read(self, path: Path) -> Product | _Other:
@@ -246,7 +256,7 @@ class Library:
 
     @property
     def in_pool(self) -> list[Entry]:
-        return [e for e in self._entries.values() if e.in_pool]
+        return [e for e in list(self._entries.values()) if e.in_pool]  # other threads may ask
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
@@ -259,14 +269,16 @@ def _holds_adapter(path: Path) -> bool:
 
 
 def _load(model: nn.Module, path: Path, name: str) -> Adapter:
+    """Raises RankfoldError, whatever is wrong with the files; where they lie is nobody's affair who asks for them."""
     read = load if (path / TENSORS).is_file() else import_peft
-    adapter = read(model, path, name, active=False)
+    try:
+        adapter = read(model, path, name, active=False)
+    except Exception as error:
+        kind = type(error) if isinstance(error, RankfoldError) else AdapterFileError
+        raise kind(str(error).replace(f"{path.parent}{os.sep}", "")) from error
     return adapter.train(False).requires_grad_(False)
 
 
 def _tensors(adapter: Adapter) -> Iterator[Tensor]:
     for _, tensor in adapter.named_tensors():
         yield tensor
-
-
-__all__ = ["Entry", "Library", "PoolFullError", "UnknownAdapterError"]

@@ -45,7 +45,7 @@ class Pool:
                 f"max_memory is {max_memory:,} bytes; one page of this model, {block} tokens in {layers} layers, takes "
                 f"{self.page_bytes:,}: give it more"
             )
-        self.pages = torch.zeros(count, self.numel, dtype=dtype, device=device)
+        self.pages = torch.empty(count, self.numel, dtype=dtype, device=device)
         self.rows = self.pages.view(-1, width)
         self._free = list(range(count))  # a heap: the lowest free page is taken first
         self._owners = [0] * count
@@ -74,7 +74,7 @@ class Pool:
         return taken
 
     def take_run(self, count: int) -> list[int]:
-        """Free pages one behind the other, for a tensor larger than a page. Raises PoolFullError where there are none."""
+        """Free pages one behind the other, for a tensor larger than a page. Raises PoolFullError without one."""
         free = sorted(self._free)
         for i in range(len(free) - count + 1):
             if free[i + count - 1] - free[i] == count - 1:

@@ -46,9 +46,12 @@ class Sampling:
         return generator
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token for logits (V,)."""
+        """A token for logits (V,). Raises RankfoldError where they say nothing, as of an adapter that overflows."""
+        highest, likeliest = logits.max(0)
+        if not bool(highest.isfinite()):
+            raise RankfoldError("the logits are not finite")
         if self.temperature == 0:
-            return int(logits.argmax())
+            return int(likeliest)
         p = torch.softmax(logits.float().cpu() / self.temperature, 0)
         if self.top_p < 1:
             p, order = p.sort(descending=True, stable=True)
@@ -64,7 +67,7 @@ class Request:
         prompt: the token ids given.
         adapter: the adapter's name, or None for the base.
         tokens: the ids made so far, an end-of-text token left out.
-        logprobs: where asked for, for each of them its log-probability and the `top` likeliest as (id, log-probability).
+        logprobs: where asked for, the log-probability of each, and of the `top` likeliest as (id, log-probability).
         finish: "stop" after an end-of-text token, "length" or "cancelled"; None until then.
         error: what went wrong, if it did.
     """
@@ -103,9 +106,14 @@ class Request:
         return self._done.is_set()
 
     @property
-    def left(self) -> int:
-        """Rows that the pool may still have to take: of the prompt, and of all tokens but the last."""
-        return len(self.prompt) + self.max_new_tokens - 1 - self.read
+    def unread(self) -> int:
+        """Tokens of prompt and answer that the model has yet to read; 1 for a request that is writing."""
+        return len(self.prompt) + len(self.tokens) - self.read
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Tokens whose keys and values it has or is about to have, and how many more it may come to."""
+        return len(self.prompt) + len(self.tokens), self.max_new_tokens - len(self.tokens) - 1
 
     def cancel(self) -> None:
         """Give it up; its pages are free after the step that is under way."""
@@ -134,8 +142,18 @@ class Request:
 
     # ---- the engine's side
 
+    def next(self, count: int) -> list[int]:
+        """So many of the tokens that are to be read next."""
+        begin, prompt = self.read, self.prompt
+        if begin + count <= len(prompt):
+            return prompt[begin : begin + count]
+        begin -= len(prompt)
+        return (prompt[begin:] if begin < 0 else []) + self.tokens[max(begin, 0) : begin + count]
+
     def take(self, logits: Tensor) -> None:
-        """The next token from its logits (V,); ends the request where that is the last one."""
+        """The next token from its logits (V,); ends the request where that is the last one. Raises for NaN."""
+        if bool(logits.isnan().any()):
+            raise RankfoldError("the logits hold NaN: the model, or its adapter, overflows on this text")
         token = self.sampling.choose(logits, self._generator)
         if self.first_token is None:
             self.first_token = time.monotonic()
