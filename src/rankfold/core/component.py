@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import rankfold
 from rankfold.errors import RankfoldError
 
-_NOT_AXES = {"audit", "cli", "compare", "core", "train"}
+_NOT_AXES = {"audit", "cli", "compare", "core", "serve", "train"}
 _registry: dict[str, type["Component"]] = {}
 
 
