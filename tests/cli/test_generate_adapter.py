@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import rankfold
-from rankfold import LoRA
+from rankfold import DoRA, LoRA
 from rankfold.cli import generate_adapter
 from rankfold.compose.generator import load_generator
 from rankfold.train.generators import GeneratorRecipe, train_generator
@@ -166,6 +166,36 @@ def test_tasks(base: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFix
     shared = ["generate-adapter", "--generator", str(made), "--context", str(text), "--output", str(tmp_path / "x")]
     with pytest.raises(rankfold.RankfoldError, match="no task 'letters'; there are: digits, words"):
         run(*shared, "--task", "letters")
+
+
+def test_a_zoo_of_what_is_no_product(
+    base: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DoRAs are read as the best LoRAs of their rank, and what that loses is said."""
+    paths, lost = [], []
+    for i in range(3):
+        model: Any = AutoModelForCausalLM.from_pretrained(base)
+        adapter = rankfold.attach(model, DoRA(rank=2), ["q_proj"], seed=i)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape)).add_(0.1 * torch.randn(parameter.shape))
+        for layer in model.model.layers:
+            before = layer.self_attn.q_proj.weight.detach().clone()
+            rankfold.merge(model)
+            S = torch.linalg.svdvals(layer.self_attn.q_proj.weight.detach() - before)
+            rankfold.unmerge(model)
+            lost.append(float(S[2:].norm() / S.norm()))
+        paths.append(str(rankfold.save(model, tmp_path / f"{i}")))
+    tasks = {"words": {"adapters": paths, "examples": str(text)}}
+    config = {"name": "icm-lora", "channels": [4, 8], "latent": 8, "samples": 3}
+    recipe = write(
+        tmp_path / "zoo.yaml", generator=config, model=str(base), tasks=tasks, budget={"steps": 2}, batch={"size": 2}
+    )
+    assert run("train-generator", str(recipe), "--output", str(tmp_path / "made"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["read"]["words"] == pytest.approx(max(lost), rel=1e-3)
+    assert min(lost) > 0.1
+    generator = load_generator(tmp_path / "made" / "generator")
+    assert {record.method["rank"] for record in generator.about.sites.values()} == {2}
 
 
 def test_what_a_recipe_may_not_ask(base: Path, text: Path, tmp_path: Path) -> None:

@@ -59,7 +59,11 @@ def train_generator(
         print_json(asdict(report))
         return
     change = f"held-out loss [bold]{report.before:.4f} → {report.after:.4f}[/bold]"
-    say([f"{change}, {report.steps} steps, {report.seconds:.0f} s", f"generator: {folder / 'generator'}"])
+    lost = [
+        f"{task}: adapters read as LoRAs, error of a layer at most {error:.4f}"
+        for task, error in report.read.items() if error > 0
+    ]  # fmt: skip
+    say([f"{change}, {report.steps} steps, {report.seconds:.0f} s", *lost, f"generator: {folder / 'generator'}"])
 
 
 def generate_adapter(

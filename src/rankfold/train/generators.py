@@ -13,7 +13,7 @@ from transformers import set_seed
 from transformers.modeling_outputs import CausalLMOutput
 
 import rankfold
-from rankfold.compose._sources import open_source
+from rankfold.compose._sources import Source, open_source
 from rankfold.compose.generative_adapter import GenerativeAdapter
 from rankfold.compose.generator import Generator, save_generator
 from rankfold.compose.icm_lora import ICMLoRA, examples, task_vector
@@ -103,7 +103,10 @@ class GeneratorRecipe(Section):
 
 @dataclass(frozen=True)
 class GeneratorReport:
-    """The figures of a finished run, as `report.json` holds them. `before` and `after` are held-out losses."""
+    """The figures of a finished run, as `report.json` holds them. `before` and `after` are held-out losses.
+
+    `read` says of each task what its adapters lost at most in a layer, relatively, as they were seen as LoRAs.
+    """
 
     before: float
     after: float
@@ -114,6 +117,7 @@ class GeneratorReport:
     held_out_rows: int
     seed: int
     versions: dict[str, str]
+    read: dict[str, float]
 
 
 class Training(nn.Module):
@@ -169,13 +173,14 @@ def train_generator(
     with display.phase("loading the model"), processes().main_process_first():
         loaded = load_model(recipe.model, "causal-lm", seed=recipe.seed)
     base, tokenizer = loaded.model.requires_grad_(False), loaded.processor
+    read: dict[str, float] = {}
     if isinstance(config, GenerativeAdapter):
         generator: Generator = config.for_model(base, recipe.targets)
         with display.phase("reading the data"), processes().main_process_first():
             data = _chunks(recipe, config.chunk, tokenizer)
     else:
         with display.phase("reading the adapters"):
-            generator, data = _zoo(recipe, config, base, tokenizer)
+            generator, data, read = _zoo(recipe, config, base, tokenizer)
     if main:
         write_whole(output / "recipe.yaml", write_recipe(recipe))
         rewind_metrics(output / "metrics.jsonl", -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
@@ -199,6 +204,7 @@ def train_generator(
         held_out_rows=len(data.held_out),
         seed=recipe.seed,
         versions=versions(),
+        read=read,
     )
     if main:
         save_generator(generator, output / GENERATOR)
@@ -250,20 +256,25 @@ def _chunks(recipe: GeneratorRecipe, chunk: int, tokenizer: Any) -> Prepared:
     return Prepared(*parts, collate, (), made.dropped)  # type: ignore[arg-type]
 
 
-def _zoo(recipe: GeneratorRecipe, config: ICMLoRA, base: Any, tokenizer: Any) -> tuple[Generator, Prepared]:
-    """The generator, and rows of one adapter each; of every task some are held out."""
+def _zoo(
+    recipe: GeneratorRecipe, config: ICMLoRA, base: Any, tokenizer: Any
+) -> tuple[Generator, Prepared, dict[str, float]]:
+    """The generator, and rows of one adapter each; of every task some are held out. What is no product (DoRA, ...) is
+    read as the best one of its method's rank; what that loses at most is said by task."""
     assert recipe.tasks is not None
     base.to(processes().device)
-    zoo, vectors = {}, {}
+    zoo, vectors, read = {}, {}, {}
     for task, given in recipe.tasks.items():
         folders = [folder for place in given.adapters for folder in _adapters(place, f"tasks.{task}.adapters")]
         if len(folders) < 2:
             raise RankfoldError(f"tasks.{task}.adapters: one is held out, so that two or more are needed")
-        sources = [open_source(folder) for folder in folders]
-        for other in sources[1:]:
-            if trouble := sources[0].alike(other):
+        sources = [open_source(folder, base) for folder in folders]
+        for source in sources:
+            if trouble := source.doubt or sources[0].alike(source):
                 raise RankfoldError(f"tasks.{task}.adapters: {trouble}")
-        zoo[task] = [{site: source.pair(site)[:2] for site in source.sites} for source in sources]
+        seen = [{site: _as_product(source, site) for site in source.sites} for source in sources]
+        read[task] = max(error for adapter in seen for _, _, error in adapter.values())
+        zoo[task] = [{site: (B, A) for site, (B, A, _) in adapter.items()} for adapter in seen]
         path = locate(given.examples, f"tasks.{task}.examples")
         if path is None or not path.is_file():
             raise RankfoldError(f"tasks.{task}.examples: there is no file {given.examples}")
@@ -282,7 +293,13 @@ def _zoo(recipe: GeneratorRecipe, config: ICMLoRA, base: Any, tokenizer: Any) ->
         batch = {key: torch.stack([row[key] for row in rows]) for key in ("labels", "condition")}
         return {**batch, "attention_mask": torch.ones(len(rows), 1)}  # what a trainer counts as tokens: adapters here
 
-    return vae, Prepared(train, held_out, collate, (), 0)  # type: ignore[arg-type]
+    return vae, Prepared(train, held_out, collate, (), 0), read  # type: ignore[arg-type]
+
+
+def _as_product(source: Source, site: str) -> tuple[Tensor, Tensor, float]:
+    """B, A and the relative error of them: exact for factors, else of the rank that the method says."""
+    factors = source.delta(site).form == "factors"
+    return source.pair(site, None if factors else getattr(source.methods[site], "rank", None))
 
 
 def _adapters(place: str, key: str) -> list[Path]:
