@@ -54,7 +54,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     [
         *("train", "eval", "generate", "inspect", "merge", "squeeze", "compress", "combine", "lorahub", "similar"),
         *("transfer", "train-generator", "generate-adapter", "quantize", "audit", "soften", "compare"),
-        *("export", "import", "methods"),
+        *("export", "import", "methods", "skills"),
     ],
 )
 def test_every_command_shows_an_example(capfd: pytest.CaptureFixture[str], command: str) -> None:

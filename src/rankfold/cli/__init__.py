@@ -21,7 +21,7 @@ app = typer.Typer(
 
 for _command in (
     "train", "evaluate", "generate", "inspect", "merge", "squeeze", "compress", "combine", "lorahub", "similar",
-    "transfer", "generate_adapter", "quantize", "audit", "compare", "peft", "methods",
+    "transfer", "skills", "generate_adapter", "quantize", "audit", "compare", "peft", "methods",
 ):  # fmt: skip
     importlib.import_module(f"rankfold.cli.{_command}").register(app)
 

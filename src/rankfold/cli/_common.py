@@ -42,6 +42,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def weight_list(weights: str | None) -> list[float] | None:
+    """The numbers of an option --weights."""
+    try:
+        return None if weights is None else [float(weight) for weight in weights.split(",")]
+    except ValueError:
+        raise RankfoldError(f"--weights {weights}: expected numbers with commas between them, as 0.7,0.3") from None
+
+
 def check_new(output: Path) -> None:
     """Refuse an output folder that holds something."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

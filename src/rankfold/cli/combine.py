@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rankfold.cli._common import JsonOption, check_new, print_json, say, stderr, stdout
-from rankfold.errors import RankfoldError
+from rankfold.cli._common import JsonOption, check_new, print_json, say, stderr, stdout, weight_list
 
 if TYPE_CHECKING:
     from rankfold.compose._merge import Combined
@@ -78,7 +77,7 @@ def combine(
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task("combining", total=(1 + rule.surveys) * len(layers))
         _, report = rankfold.combine(
-            adapters, rule, _numbers(weights), output, rank=rank, model=model, force=force, seed=seed,
+            adapters, rule, weight_list(weights), output, rank=rank, model=model, force=force, seed=seed,
             progress=lambda: bar.advance(task),
         )  # fmt: skip
     forced = read(output).document.forced
@@ -97,13 +96,6 @@ def combine(
     _show(report)
     worst = max(report.values(), key=lambda layer: layer.cut)
     say([f"combined adapter: {output}", f"largest cut: {worst.cut:.4f}", *([f"forced: {forced}"] if forced else [])])
-
-
-def _numbers(weights: str | None) -> list[float] | None:
-    try:
-        return None if weights is None else [float(weight) for weight in weights.split(",")]
-    except ValueError:
-        raise RankfoldError(f"--weights {weights}: expected numbers with commas between them, as 0.7,0.3") from None
 
 
 def _show(report: "dict[str, Combined]") -> None:
