@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
 
 import rankfold
-from rankfold.core import fingerprint
+from rankfold.core import Component, fingerprint
 from rankfold.core.adapter import Adapter
 from rankfold.core.checkpoint import FOREIGN, write_coded, write_spooled
 from rankfold.core.coded import CODED
@@ -33,6 +33,16 @@ from rankfold.errors import AdapterFileError, RankfoldError
 
 _LAYOUTS: dict[str, Any] = {mixin.kind: mixin for mixin in (AdaptedConv1D, AdaptedEmbedding, AdaptedConv)}
 Weights = nn.Module | str | Path
+
+
+class PortLLM(Component):
+    """`θ'_i := θ' + Δθ_i`, by `port`: nothing is trained, and there is nothing to choose."""
+
+    slug: ClassVar[str] = "portllm"
+    title: ClassVar[str] = (
+        "PortLLM: Personalizing Evolving Large Language Models with Training-Free and Portable Model Patches"
+    )
+    source: ClassVar[str] = "arXiv 2410.10870"
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import rankfold
 from rankfold.compose._synthetic import NO, YES, Synthetic, collect, margins, question, sampled
+from rankfold.core import Component
 from rankfold.core.files import MAX_JSON, parse_json, write_whole
 from rankfold.errors import RankfoldError
 
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
 SEEDS = 5
 # The paper's, with the rate that it has for MMLU; for other tasks it has 2e-5. The discriminator gets the same.
 _TRAINING = {"optimizer": {"lr": 2e-4}, "budget": {"epochs": 20}, "batch": {"size": 8}, "samples": {"count": 0}}
+
+
+class TransLoRA(Component):
+    """By `prepare`, where the data is, and `transfer`, where it is not; what there is to choose are their arguments."""
+
+    slug: ClassVar[str] = "trans-lora"
+    title: ClassVar[str] = "Trans-LoRA: towards data-free Transferable Parameter Efficient Finetuning"
+    source: ClassVar[str] = "arXiv 2405.17258"
 
 
 class Kit(BaseModel):
