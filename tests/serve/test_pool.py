@@ -69,7 +69,8 @@ def test_a_fork_shares_all_pages_and_copies_the_last_when_it_writes():
     fork = table.fork()
     assert pool.used == 2
     fork.extend(1)
-    assert fork.pages[0] == table.pages[0] and fork.pages[1] != table.pages[1]
+    assert fork.pages[0] == table.pages[0]
+    assert fork.pages[1] != table.pages[1]
     assert pool.used == 3
     assert bool((pool.pages[fork.pages[1]] == 7).all())
     table.extend(1)  # alone on its page by now

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,15 +16,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rankfold.core.control import using
-from rankfold.core.routing import find_state
-from rankfold.errors import RankfoldError, UnsupportedError
-from rankfold.serve.attention import NAME, Shape, Step, running
+from rankfold.errors import RankfoldError
 from rankfold.serve.library import Library
 from rankfold.serve.pool import BLOCK, Pool, PoolFullError, Table
 from rankfold.serve.request import OverloadedError, Request, Sampling
+from rankfold.serve.runner import Runner
 from rankfold.serve.schedule import in_turn, peak
-from rankfold.serve.segments import Products, Segment
 
 T = TypeVar("T")
 
@@ -85,47 +81,23 @@ class Engine:
         limits: Limits = Limits(),
         block: int = BLOCK,
     ):
-        if find_state(model) is not None:
-            raise RankfoldError("the model has adapters attached: detach them; the engine brings in those it serves")
         folder = None if adapters is None else Path(adapters)
         if folder is not None and not folder.is_dir():
             raise RankfoldError(f"{folder} is no folder: give the one whose subfolders are adapters")
-        self.model, self.limits = model.eval(), limits
-        self.ends = _ends(model)
-        self._keep: Tensor | None = None
-        self._before = model.config._attn_implementation
-        expected = _plain_logits(model)
-        self._head = model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, args: (args[0] if self._keep is None else args[0].index_select(0, self._keep), *args[1:])
-        )
-        model.set_attn_implementation(NAME)
-        try:
-            shape = _shape_of(model)
-            parameter = model.get_input_embeddings().weight
-            self.pool = Pool(shape.layers, shape.width, max_memory, parameter.dtype, parameter.device, block)
-            self._products = Products(model)
-            self.library = Library(model, folder, self.pool, self._products, host_memory)
-            self._running: list[Request] = []
-            self._waiting: deque[Request] = deque()
-            self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-            self._mutex, self._stepping = threading.Lock(), threading.Lock()
-            self._wake = threading.Event()
-            self._thread: threading.Thread | None = None
-            self._closing = False
-            self.counts = {
-                "steps": 0,
-                "rows": 0,
-                "tokens": 0,
-                "finished": 0,
-                "failed": 0,
-                "cancelled": 0,
-                "preempted": 0,
-            }
-            self.per_request = 1.0  # seconds that one takes, of late
-            self._check(expected)
-        except BaseException:
-            self._restore()
-            raise
+        self.model, self.limits, self.ends = model, limits, _ends(model)
+        self.runner = Runner(model, folder, max_memory, host_memory, block)
+        self.pool: Pool = self.runner.pool
+        self.library: Library = self.runner.library
+        self._running: list[Request] = []
+        self._waiting: deque[Request] = deque()
+        self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._mutex, self._stepping = threading.Lock(), threading.Lock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        kinds = ("steps", "rows", "tokens", "finished", "failed", "cancelled", "preempted")
+        self.counts = dict.fromkeys(kinds, 0)
+        self.per_request = 1.0  # seconds that one takes, of late
 
     # ---- asking
 
@@ -174,7 +146,8 @@ class Engine:
             )
         if peak([(0, total - 1)], self.pool.block) > len(self.pool):
             raise RankfoldError(
-                f"{total} tokens need more than {len(self.pool)} pages, the whole pool: ask for fewer, or raise max_memory"
+                f"{total} tokens need more than the whole pool of {len(self.pool)} pages: ask for fewer, or raise "
+                "max_memory"
             )
         if adapter is not None:
             self.library.check(adapter)
@@ -300,21 +273,13 @@ class Engine:
         else:
             while self.step():
                 pass
-        self._restore()
+        self.runner.close()
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self.close(drain=kind is None)
-
-    def _restore(self) -> None:
-        if hasattr(self, "library"):
-            self.library.close()
-        if hasattr(self, "_products"):
-            self._products.close()
-        self._head.remove()
-        self.model.set_attn_implementation(self._before)
 
     # ---- one step
 
@@ -431,7 +396,7 @@ class Engine:
         for request, n in batch:
             request.table.extend(n)
         try:
-            logits = self._forward(batch)
+            logits = self.runner.forward(batch)
         except Exception as error:
             if len(batch) == 1:
                 self._finish(batch[0][0], None, error)
@@ -460,61 +425,12 @@ class Engine:
         logits = []
         for request, n in batch:
             try:
-                logits.append(self._forward([(request, n)]))
+                logits.append(self.runner.forward([(request, n)]))
             except Exception as error:
                 self._finish(request, None, error)
         return torch.cat(logits) if logits else torch.empty(0)
 
-    def _forward(self, batch: list[tuple[Request, int]]) -> Tensor:
-        """Logits (requests that are read to their ends, V) of their next tokens."""
-        step = Step(self.pool, [r.table for r, _ in batch], [n for _, n in batch])
-        ids: list[int] = []
-        last: list[int] = []
-        names: list[str | None] = []
-        segments: list[Segment] = []
-        for request, n in batch:
-            start = len(ids)
-            ids += request.next(n)
-            if request.unread == n:
-                last.append(len(ids) - 1)
-            entry = None if request.adapter is None else self.library.entry(request.adapter)
-            placed = None if entry is None else entry.placed
-            names += [None if placed is not None else request.adapter] * n
-            if placed is not None:
-                if segments and segments[-1].placed is placed:
-                    segments[-1] = Segment(placed, segments[-1].start, len(ids))
-                else:
-                    segments.append(Segment(placed, start, len(ids)))
-        device = self.pool.rows.device
-        self._keep, self._products.segments = torch.tensor(last, dtype=torch.long, device=device), segments
-        routed = nullcontext() if find_state(self.model) is None else using(self.model, names)
-        try:
-            with torch.no_grad(), running(step), routed:
-                x, positions = torch.tensor(ids, device=device)[:, None], step.positions[:, None]
-                return self.model(input_ids=x, position_ids=positions, use_cache=False).logits[:, 0]
-        finally:
-            self._keep, self._products.segments = None, ()
-
-    # ---- trying the model out
-
-    def _check(self, expected: Tensor) -> None:
-        """Refuse a model that gives other logits over pages than by itself."""
-        request = Request(_PROBE[:4], None, 3, Sampling(), frozenset(), None, None)
-        request.table = Table(self.pool)
-        got = []
-        for n, behind in ((3, []), (1, _PROBE[4:5]), (1, _PROBE[5:]), (1, [])):
-            request.table.extend(n)
-            got.append(self._forward([(request, n)]))
-            request.read += n
-            request.tokens += behind
-        request.table.free()
-        logits = torch.cat(got)
-        close = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.1
-        if float((logits - expected).abs().max()) > close * float(expected.abs().max()):
-            raise UnsupportedError(
-                f"{type(self.model).__name__} gives other logits over paged keys and values than by itself: its layers "
-                "keep more of a text than these, and cannot be served"
-            )
+    # ---- what it is doing
 
     def stats(self) -> dict[str, Any]:
         """Numbers for monitoring: what was done, who runs and waits, and whose the pages are."""
@@ -533,26 +449,6 @@ class Engine:
             "pages_tokens": self.pool.used - held,
             "adapters_in_pool": len(adapters),
         }
-
-
-_PROBE = (1, 2, 3, 4, 5, 6)
-
-
-def _plain_logits(model: Any) -> Tensor:
-    """Logits (3, V) behind the probe's fourth, fifth and sixth token."""
-    with torch.no_grad():
-        ids = torch.tensor([_PROBE], device=model.get_input_embeddings().weight.device)
-        return model(input_ids=ids, use_cache=False).logits[0, 3:]
-
-
-def _shape_of(model: Any) -> Shape:
-    shape = Shape()
-    with torch.no_grad(), running(shape):
-        ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-        model(input_ids=ids, position_ids=ids, use_cache=False)
-    if not shape.widths:
-        raise UnsupportedError(f"{type(model).__name__} does not attend through Transformers' attention interface")
-    return shape
 
 
 def _ends(model: Any) -> frozenset[int]:
