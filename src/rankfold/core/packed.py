@@ -14,11 +14,14 @@ from rankfold.core.activations import FLOATS, Activations, float8, rounded
 from rankfold.errors import RankfoldError
 
 Format = Literal["int8", "int4", "int3", "int2", "ternary", "nf4", "fp4", "fp4-e3m0", "fp8", "fp8-e5m2"]
-_BITS = {
+BITS = {
     "int8": 8, "int4": 4, "int3": 3, "int2": 2, "ternary": 1.6, "nf4": 4, "fp4": 4, "fp4-e3m0": 4, "fp8": 8,
     "fp8-e5m2": 8,
 }  # fmt: skip
-_PACK = {8: (1, 1), 4: (2, 1), 3: (8, 3), 2: (4, 1), 1.6: (5, 1)}  # so many codes in so many bytes
+PACK = {8: (1, 1), 4: (2, 1), 3: (8, 3), 2: (4, 1), 1.6: (5, 1)}  # so many codes in so many bytes
+_TILE = 2**18  # numbers
+_FEW = 8  # tokens
+_WORTH = 2**16  # bytes
 # The 16 quantiles of a normal distribution that QLoRA takes (arXiv 2305.14314), as bitsandbytes rounds them.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -77,7 +80,7 @@ class Scheme(BaseModel):
     @property
     def levels(self) -> int:
         """How many values a code has."""
-        return 3 if self.format == "ternary" else 2 ** int(_BITS[self.format])
+        return 3 if self.format == "ternary" else 2 ** int(BITS[self.format])
 
     @property
     def offset(self) -> int:
@@ -98,7 +101,7 @@ class Scheme(BaseModel):
         """Rows of codes, codes of a row, groups of a row (of the whole, per tensor), and bytes of a row."""
         rows, n = (out, in_) if self.along == "in" else (in_, out)
         groups = math.ceil(n / self.group) if isinstance(self.group, int) else 1
-        codes, size = _PACK[_BITS[self.format]]
+        codes, size = PACK[BITS[self.format]]
         return rows, n, groups, math.ceil(n / codes) * size
 
     def bits(self, out: int, in_: int) -> float:
@@ -132,7 +135,7 @@ class Packed(NamedTuple):
 
 def pack(q: Tensor, scheme: Scheme) -> Tensor:
     """Codes q (rows, n) in bytes (rows, bytes), the first in the lowest bits; a row is filled up with zeros."""
-    codes, size = _PACK[_BITS[scheme.format]]
+    codes, size = PACK[BITS[scheme.format]]
     q = F.pad(q.to(torch.uint8), (0, -q.shape[-1] % codes)).unflatten(-1, (-1, codes)).int()
     base = 3 if scheme.format == "ternary" else scheme.levels
     word = (q * base ** torch.arange(codes, dtype=torch.int32, device=q.device)).sum(-1, dtype=torch.int32)
@@ -141,7 +144,7 @@ def pack(q: Tensor, scheme: Scheme) -> Tensor:
 
 def unpack(data: Tensor, n: int, scheme: Scheme) -> Tensor:
     """The codes (rows, n), uint8, that were packed."""
-    bits = _BITS[scheme.format]
+    bits = BITS[scheme.format]
     if bits == 8:
         q = data
     elif scheme.format == "ternary":
@@ -221,11 +224,43 @@ def decode(q: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme, dtyp
 
 
 def dequantise(packed: Packed, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    """Ŵ (out, in)."""
-    n = scheme.layout(*shape)[1]
-    W = rows_of(decode(unpack(packed.codes, n, scheme), packed.scales, packed.zeros, scheme, dtype), scheme)
+    """Ŵ (out, in). Decoded a tile of rows after the other, so that what lies between is small."""
+    rows, n, _, _ = scheme.layout(*shape)
+    if (compiled := _compiled(packed, dtype)) is not None:
+        W = rows_of(compiled.rows(packed, n, scheme), scheme)
+    else:
+        every: list[Any] = [t if t is None else t.expand(rows, -1) for t in packed[:3]]
+        step = max(1, _TILE // n)
+        tiles = [[t if t is None else t[a : a + step] for t in every] for a in range(0, rows, step)]
+        W = rows_of(torch.cat([decode(unpack(q, n, scheme), s, z, scheme, dtype) for q, s, z in tiles]), scheme)
     W = W if packed.order is None else W[:, packed.order.argsort()]
     return W if packed.balance is None else W / packed.balance.to(dtype)
+
+
+def _product(x: Tensor, packed: Packed, shape: tuple[int, int], scheme: Scheme) -> Tensor:
+    """x Ŵᵀ, of few tokens without a Ŵ where there is compiled code."""
+    few = 0 < x[..., 0].numel() <= _FEW and not torch.is_autocast_enabled(x.device.type)
+    if few and scheme.along == "in" and (compiled := _compiled(packed, x.dtype)) is not None:
+        return compiled.rows(packed, shape[1], scheme, x.reshape(-1, shape[1])).view(*x.shape[:-1], shape[0])
+    return F.linear(x, dequantise(packed, shape, scheme, x.dtype))
+
+
+def _compiled(packed: Packed, dtype: torch.dtype) -> Any:
+    """`packed_cpu` where Numba is installed: for float32 without gradients, and weights that are worth compiling."""
+    codes, scales = packed.codes, packed.scales
+    fits = codes.device.type == "cpu" and dtype == torch.float32 and codes.numel() >= _WORTH
+    if not fits or torch.compiler.is_compiling() or type(codes) not in (Tensor, nn.Parameter):
+        return None
+    return None if scales.requires_grad and torch.is_grad_enabled() else _with_numba()
+
+
+@functools.cache
+def _with_numba() -> Any:
+    try:
+        from rankfold.core import packed_cpu
+    except (ImportError, RuntimeError):  # not installed; nowhere to keep what was compiled
+        return None
+    return packed_cpu
 
 
 @functools.lru_cache(maxsize=2)
@@ -263,7 +298,7 @@ class _Multiply(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, codes, scales, zeros)
         ctx.shape, ctx.scheme = shape, scheme
-        return F.linear(x, dequantise(Packed(codes, scales, zeros), shape, scheme, x.dtype))
+        return _product(x, Packed(codes, scales, zeros), shape, scheme)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

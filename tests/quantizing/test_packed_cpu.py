@@ -1,0 +1,78 @@
+"""Products with packed weights that Numba compiles: those of the formulas, to the bit where no sum is rounded."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rankfold.core import packed as module
+from rankfold.core.packed import Packed, PackedLinear, Scheme, decode, unpack
+from rankfold.quantizers.rtn import RTN
+
+packed_cpu: Any = pytest.importorskip("rankfold.core.packed_cpu", exc_type=ImportError)
+FORMATS = ("int8", "int4", "int3", "int2", "ternary", "nf4", "fp4", "fp4-e3m0", "fp8", "fp8-e5m2")
+
+
+def weight(kind: Scheme, out: int, in_: int) -> Packed:
+    return RTN().quantise(torch.randn(out, in_), kind, None, "")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("group", [16, 7, "channel", "tensor"])
+def test_rows_are_to_the_bit_what_the_formula_gives(format: Any, group: Any) -> None:
+    for symmetric in (False, True):
+        kind = Scheme(format=format, group=group, symmetric=symmetric)
+        packed = weight(kind, 6, 45)
+        expected = decode(unpack(packed.codes, 45, kind), packed.scales, packed.zeros, kind, torch.float32)
+        assert torch.equal(packed_cpu.rows(packed, 45, kind), expected)
+        x = torch.randn(3, 45)
+        torch.testing.assert_close(packed_cpu.rows(packed, 45, kind, x), x @ expected.mT, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = Scheme(format="int4", group=8)
+    packed, x = weight(kind, 13, 24), torch.randn(1, 24)
+    alone = packed_cpu.rows(packed, 24, kind), packed_cpu.rows(packed, 24, kind, x)
+    monkeypatch.setattr(packed_cpu, "_SHARE", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(packed_cpu.rows(packed, 24, kind), alone[0])
+    assert torch.equal(packed_cpu.rows(packed, 24, kind, x), alone[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    packed_cpu._pool(2).submit(int).result()
+    if (child := os.fork()) == 0:
+        try:
+            packed_cpu._pool(2).submit(int).result(10)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("along", ["in", "out"])
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_the_layer_gives_the_same_with_and_without(along: Any, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, plain = Scheme(group=8, along=along), nn.Linear(40, 12)
+    layer = PackedLinear.of(plain, RTN().quantise(plain.weight.detach(), kind, None, ""), kind)
+    x = torch.randn(2, tokens, 40, requires_grad=True)
+    expected = layer(x)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), x)
+    monkeypatch.setattr(module, "_WORTH", 0)
+    calls: list[Any] = []
+    rows = packed_cpu.rows
+    monkeypatch.setattr(packed_cpu, "rows", lambda *a: calls.append(a) or rows(*a))
+    y = layer(x)
+    assert len(calls) == 1
+    assert len(calls[0]) == (4 if tokens == 1 and along == "in" else 3)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], wanted)
+    layer.scales.requires_grad_(True)
+    layer(x).square().sum().backward()
+    assert layer.scales.grad is not None
+    assert len(layer.dequantise().shape) == 2
+    assert layer.dequantise().requires_grad
