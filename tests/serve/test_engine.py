@@ -363,3 +363,78 @@ def test_adapters_of_peft_are_served(model: Any, tmp_path: Path):
     with Engine(model, tmp_path) as engine:
         assert engine.library.names() == ["of-peft", "own"]
         assert engine.submit([1, 2, 3], "of-peft", 9).result() == engine.submit([1, 2, 3], "own", 9).result()
+
+
+def test_requests_that_come_too_late_are_refused_and_the_last_ones_served(model: Any):
+    limits = Limits(batch=1, first_token=0.2)
+    with Engine(model, limits=limits) as engine:
+        first = engine.submit([1, 2], None, 200)
+        engine.step()
+        late = [engine.submit([3, 4], None, 3) for _ in range(3)]
+        for request in late:
+            request.submitted -= 1.0
+        fresh = [engine.submit([5, 6], None, 3) for _ in range(2)]
+        engine.step()
+        for request in late:
+            with pytest.raises(OverloadedError, match="first token"):
+                request.result()
+        first.cancel()
+        while not any(r.done for r in fresh):
+            engine.step()
+        assert (fresh[0].done, fresh[1].done) == (False, True)
+        assert len(fresh[0].result()) == 3
+
+
+def test_rare_adapters_leave_first(model: Any, library: Path):
+    with Engine(model, library) as engine:
+        for name in ("lora8", "lora4", "lora8", "lora3", "lora8"):
+            engine.submit([1, 2], name, 1).result()
+        entry = engine.library.entry("lora8")
+        assert entry is not None
+        in_use: Any = lambda name: False  # noqa: E731
+        engine.library.make_room(len(engine.pool) - entry.size, in_use)
+        assert [e.name for e in engine.library.in_pool] == ["lora8"]
+
+
+class Steps:
+    """Stands in for a fine-tuning job that always wants more."""
+
+    ended, ready = False, True
+
+    def __init__(self) -> None:
+        self.given: list[int] = []
+
+    def advance(self, tokens: int) -> int:
+        self.given.append(tokens)
+        return tokens
+
+    def close(self) -> None:
+        self.ended = True
+
+
+def test_a_job_gets_what_a_step_leaves(model: Any):
+    limits = Limits(step_tokens=40, latency=1000.0)
+    job: Any = Steps()
+    with Engine(model, limits=limits) as engine:
+        engine.train(job)
+        requests = [engine.submit([1] * 20, None, 30) for _ in range(3)]
+        seen = []
+        while any(not r.done for r in requests):
+            before = engine.counts["rows"]
+            given = len(job.given)
+            engine.step()
+            seen.append((engine.counts["rows"] - before, sum(job.given[given:])))
+        assert all(rows + trained <= 40 for rows, trained in seen)
+        assert any(rows == 3 and trained > 0 for rows, trained in seen)
+        assert engine.counts["trained"] == sum(job.given) > 0
+    assert job.ended
+
+
+def test_a_job_gets_nothing_where_steps_take_as_long_as_they_may(model: Any):
+    job: Any = Steps()
+    with Engine(model, limits=Limits(latency=1e-6)) as engine:
+        for _ in range(3):
+            engine.submit([1, 2, 3], None, 4).result()
+        engine.train(job)
+        engine.submit([1, 2, 3], None, 4).result()
+        assert job.given == []

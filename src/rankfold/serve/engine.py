@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,17 @@ from rankfold.serve.library import Library
 from rankfold.serve.pool import BLOCK, Pool, PoolFullError, Table
 from rankfold.serve.request import OverloadedError, Request, Sampling
 from rankfold.serve.runner import Runner
-from rankfold.serve.schedule import in_turn, peak
+from rankfold.serve.schedule import in_turn, peak, too_late
+from rankfold.serve.slack import Slack
+
+if TYPE_CHECKING:
+    from rankfold.serve.finetune import Job
 
 T = TypeVar("T")
+
+
+class ClosedError(RankfoldError):
+    """The engine takes no more requests."""
 
 
 class AdapterInUseError(RankfoldError):
@@ -43,6 +51,9 @@ class Limits:
         waiting: requests that may wait; further ones are refused (`OverloadedError`).
         distinct: adapters in a batch from which on requests of those go first.
         patience: seconds after which nobody overtakes a waiting request.
+        first_token: seconds within which a request's first token shall come. One that waits longer is refused
+            (`OverloadedError`), and for so long after that those that came last go first. None: all wait.
+        latency: seconds that a step shall take at most; what its requests leave of them is a fine-tuning job's.
     """
 
     batch: int = 64
@@ -50,6 +61,8 @@ class Limits:
     waiting: int = 1024
     distinct: int = 32
     patience: float = 5.0
+    first_token: float | None = None
+    latency: float = 0.25
 
 
 class Engine:
@@ -95,9 +108,12 @@ class Engine:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._closing = False
-        kinds = ("steps", "rows", "tokens", "finished", "failed", "cancelled", "preempted")
+        kinds = ("steps", "rows", "tokens", "finished", "failed", "cancelled", "preempted", "trained")
         self.counts = dict.fromkeys(kinds, 0)
         self.per_request = 1.0  # seconds that one takes, of late
+        self._overloaded = float("-inf")  # when a request was last refused for coming too late
+        self.slack = Slack(limits.latency, limits.step_tokens)
+        self.jobs: list[Job] = []
 
     # ---- asking
 
@@ -163,17 +179,18 @@ class Engine:
         )
         with self._mutex:
             if self._closing:
-                raise RankfoldError("the engine is closed")
+                raise ClosedError("the engine is closed")
             if len(self._waiting) >= self.limits.waiting:
-                raise OverloadedError(
-                    f"{len(self._waiting)} requests wait already: try again later",
-                    max(1.0, len(self._waiting) * self.per_request / self.limits.batch),
-                )
+                raise self._overload(f"{len(self._waiting)} requests wait already")
             if self._thread is None:
                 request._drive = self.step
             self._waiting.append(request)
         self._wake.set()
         return request
+
+    def _overload(self, why: str) -> OverloadedError:
+        wait = max(1.0, len(self._waiting) * self.per_request / self.limits.batch)
+        return OverloadedError(f"{why}: try again later", wait)
 
     def unload(self, adapter: str) -> None:
         """Take an adapter out of service, until `restore`. What was accepted is answered, then its memory is free."""
@@ -220,20 +237,39 @@ class Engine:
                     future.set_exception(error)
 
     def step(self) -> bool:
-        """One forward for all that run; False if nothing is left to do."""
+        """One forward for all that run, and what fits beside it of a fine-tuning job; False if there is nothing."""
         with self._stepping:
             self._run_errands()
             self._drop_cancelled()
             self._admit()
-            batch = self._batch()
-            if not batch:
-                with self._mutex:
-                    waits = bool(self._waiting)
-                if waits:
-                    self.library.wait(0.05)
-                return waits
-            self._advance(batch)
-            return True
+            batch, began = self._batch(), time.perf_counter()
+            rows = sum(n for _, n in batch)
+            if batch:
+                self._advance(batch)
+            trained = self._train(rows)
+            if rows + trained:
+                self.slack.observe(rows + trained, time.perf_counter() - began)
+                return True
+            with self._mutex:
+                waits = bool(self._waiting)
+            if waits:
+                self.library.wait(0.05)
+            return waits
+
+    def train(self, job: "Job") -> None:
+        """Train a job beside the requests, in the time that they leave of each step (FlexLLM, arXiv 2402.18789)."""
+        self.between(lambda: self.jobs.append(job))
+
+    def _train(self, rows: int) -> int:
+        """Let the first job that can go on use what a step with so many rows leaves; returns the tokens it used."""
+        self.jobs = [job for job in self.jobs if not job.ended]
+        ready = next((job for job in self.jobs if job.ready), None)
+        room = self.slack.room(rows) if ready is not None else 0
+        if ready is None or not room:
+            return 0
+        used = ready.advance(room)
+        self.counts["trained"] += used
+        return used
 
     def start(self) -> "Engine":
         """Step in a thread of its own, until `close`."""
@@ -271,8 +307,10 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         else:
-            while self.step():
-                pass
+            while self._running or self._waiting:
+                self.step()
+        for job in self.jobs:
+            job.close()
         self.runner.close()
 
     def __enter__(self) -> "Engine":
@@ -312,8 +350,15 @@ class Engine:
             waiting = list(self._waiting)
         if not waiting:
             return
-        joined: list[Request] = []
-        for request in in_turn(waiting, self._present(), self.limits.distinct, self.limits.patience, time.monotonic()):
+        joined, limits, now = list[Request](), self.limits, time.monotonic()
+        if limits.first_token is not None:
+            for request in too_late(waiting, limits.first_token, now):
+                self._overloaded = now
+                waiting.remove(request)
+                joined.append(request)
+                self._finish(request, None, self._overload(f"no first token within {limits.first_token} s"))
+        hurried = limits.first_token is not None and now - self._overloaded < limits.first_token
+        for request in in_turn(waiting, self._present(), limits.distinct, limits.patience, now, hurried):
             if len(self._running) >= self.limits.batch:
                 break
             try:
@@ -328,6 +373,8 @@ class Engine:
             if not fits:
                 break
             request.table = Table(self.pool)
+            if request.adapter is not None and request.first_token is None:
+                self.library.used(request.adapter)
             self._running.append(request)
             joined.append(request)
         with self._mutex:

@@ -21,6 +21,7 @@ from rankfold.core.document import TENSORS
 from rankfold.core.peft import import_peft
 from rankfold.core.routing import NAME
 from rankfold.errors import AdapterFileError, RankfoldError
+from rankfold.serve.paging import Residency
 from rankfold.serve.pool import Pool
 from rankfold.serve.segments import Placed, Product, Products, as_product
 
@@ -86,7 +87,7 @@ class Library:
     `ready` has a thread read and check an adapter into host memory (at most `host_memory` bytes of what is not in
     use), against a skeleton that shares the model's weights; `place` brings it into pages of the pool. Products of
     linear layers become pages as they are, whatever their ranks. All others are attached to the model, their tensors in
-    pages too. Adapters that `place` must make room for leave in the order of their last use.
+    pages too. `make_room` lets go of those that are used least often (`paging.Residency`).
     """
 
     def __init__(self, model: nn.Module, folder: Path | None, pool: Pool, products: Products, host_memory: int):
@@ -97,6 +98,7 @@ class Library:
         self._reader = ThreadPoolExecutor(1, "rankfold-adapters")
         self._entries: dict[str, Entry] = {}
         self._turns = itertools.count(1)
+        self._residents: Residency[str] = Residency(len(pool))
         self.live: set[str] = set()  # attached by somebody else, and to be left alone
         self.withdrawn: set[str] = set()  # out of service; what was accepted before may still use them
         self.counts = {"reads": 0, "placed": 0, "evicted": 0}
@@ -215,6 +217,7 @@ class Library:
             with torch.no_grad():
                 self._move(adapter, iter([(own[page], at) for page, at in places]), iter(starts))
             entry.pages = taken or pool.take(1)
+        self._residents.need(entry.name, len(entry.pages))
         self.counts["placed"] += 1
 
     def _move(self, adapter: Adapter, small: Iterator[tuple[int, int]], large: Iterator[tuple[int, int]]) -> None:
@@ -234,15 +237,20 @@ class Library:
             detach(self._model, entry.name)
         self._pool.release(entry.pages)
         entry.pages, entry.placed = [], None
+        self._residents.remove(entry.name)
         self.counts["evicted"] += 1
 
+    def used(self, name: str) -> None:
+        """Count one more request under the adapter."""
+        self._residents.touch(name)
+
     def make_room(self, pages: int, in_use: Callable[[str], bool]) -> bool:
-        """Evict adapters that nothing uses, the longest unused first, until so many pages are free; False if never."""
-        idle = sorted((e for e in self._entries.values() if e.in_pool and not in_use(e.name)), key=lambda e: e.turn)
-        for entry in idle:
+        """Evict adapters that nothing uses, the rarest first, until so many pages are free; False if never."""
+        for name in self._residents.order():
             if self._pool.free >= pages:
                 break
-            self.evict(entry)
+            if not in_use(name):
+                self.evict(self._entries[name])
         return self._pool.free >= pages
 
     def drop(self, name: str) -> None:

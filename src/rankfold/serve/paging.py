@@ -79,10 +79,10 @@ class Residency(Generic[Key]):
         missing = self.used + size - self.capacity
         leaving: list[Key] = []
         if missing > 0:
-            free = [other for other in self._sizes if not self._pins[other]]
+            free = self.order()
             if sum(self._sizes[other] for other in free) < missing:
                 return None
-            for other in sorted(free, key=self._stay):
+            for other in free:
                 if missing <= 0:
                     break
                 leaving.append(other)
@@ -92,6 +92,10 @@ class Residency(Generic[Key]):
         self._sizes[key] = size
         self.used += size
         return leaving
+
+    def order(self) -> list[Key]:
+        """What is in memory and not pinned, in the order in which it would leave."""
+        return sorted((key for key in self._sizes if not self._pins[key]), key=self._stay)
 
     def remove(self, key: Key) -> None:
         """The key is out; nothing happens if it was not in. Its uses are remembered."""

@@ -19,14 +19,27 @@ def peak(loads: Iterable[tuple[int, int]], block: int = 1) -> int:
     return largest
 
 
+def too_late(waiting: Iterable[Request], within: float, now: float) -> list[Request]:
+    """Requests that have waited longer than their first token may take (early abort)."""
+    return [r for r in waiting if r.first_token is None and now - r.submitted > within]
+
+
 def in_turn(
-    waiting: Sequence[Request], present: Collection[str | None], distinct: int, patience: float, now: float
+    waiting: Sequence[Request],
+    present: Collection[str | None],
+    distinct: int,
+    patience: float,
+    now: float,
+    newest_first: bool = False,
 ) -> Iterator[Request]:
     """Waiting requests in the order in which they are tried: first come, first served.
 
     Once a batch holds as many as `distinct` adapters, requests of those in it go first (adapter clustering), but none
-    overtakes a request that waits longer than `patience` seconds.
+    overtakes a request that waits longer than `patience` seconds. `newest_first` is for when more come than can be
+    served in time: then those that came last go first, behind what has begun.
     """
+    if newest_first:
+        waiting = sorted(waiting, key=lambda r: (r.first_token is None, -r.submitted))  # what began comes first
     if len(present) < distinct:
         yield from waiting
         return
