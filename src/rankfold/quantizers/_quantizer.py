@@ -1,6 +1,6 @@
 """What quantisers and compensations say, and `quantize`, which puts packed layers in the place of linear ones."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +9,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rankfold.core.adapter import Adapter
 from rankfold.core.attach import attach
 from rankfold.core.calibration import Calibration, Statistic
 from rankfold.core.calibration.blocks import Window, blocks_of, by_block
 from rankfold.core.component import Component, build
+from rankfold.core.control import detach
 from rankfold.core.layers import Adapted
 from rankfold.core.linalg import svd
 from rankfold.core.packed import Packed, PackedLinear, Scheme
 from rankfold.core.quantized import is_plain
 from rankfold.core.targets import Targets, find
 from rankfold.errors import RankfoldError, UnsupportedError
+from rankfold.quantizers._distil import Teacher
 from rankfold.quantizers._work import Done, Work
 
 
@@ -53,7 +56,10 @@ class Quantizer(Component):
 
 
 class Compensation(Component):
-    """Makes good with a product B A of rank r what quantising took: `factors(E, statistics, site)` for E = W − Ŵ."""
+    """Makes good with a product B A of rank r what quantising took: `factors(E, statistics, site)` for E = W − Ŵ.
+
+    Where it `distils`, these are a start, and `distil` trains them over the whole packed model.
+    """
 
     axis: ClassVar[str] = "quantizers"
 
@@ -64,6 +70,16 @@ class Compensation(Component):
 
     def factors(self, E: Tensor, statistics: Calibration | None, site: str) -> tuple[Tensor, Tensor]:
         """B (out, r) and A (r, in)."""
+        raise NotImplementedError
+
+    @property
+    def distils(self) -> bool:
+        return False
+
+    def distil(
+        self, model: nn.Module, parameters: Sequence[nn.Parameter], batches: Sequence[Any], teacher: Teacher
+    ) -> None:
+        """Train the products' parameters, all in their places, on what the float model said of the batches."""
         raise NotImplementedError
 
 
@@ -141,9 +157,15 @@ def quantize(
         raise RankfoldError("work= knows its data by the batches: quantize(..., calibration=batches)")
     needs = (*rule.needs(), *(() if repair is None else repair.needs()))
     kept = None if work is None else Work(work, model, layers, scheme, rule, repair, calibration)
+    teacher = None
+    if repair is not None and repair.distils:
+        if not isinstance(calibration, list):
+            raise RankfoldError(f"{repair.slug} trains on text: quantize(..., calibration=batches)")
+        teacher = Teacher(model, calibration)
     report: dict[str, Quantised] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    with torch.no_grad(), _as_it_was(model) as exchange:
+    hooks: list[Any] = []
+    with torch.no_grad(), _as_it_was(model, hooks) as exchange:
         for number, window in enumerate(_windows(model, rule, repair, layers, calibration)):
             before = None if kept is None else kept.read(number, window)
             if before is None and needs and window.calls:
@@ -161,7 +183,15 @@ def quantize(
             if kept is not None and before is None:
                 kept.write(number, window, done)
         if repair is not None:
-            _attach(model, pairs, name)
+            adapter = _attach(model, pairs, name)
+            if teacher is not None:
+                for hook in hooks:  # the adapter has their products now
+                    hook.remove()
+                try:
+                    repair.distil(model, list(adapter.parameters()), calibration, teacher)  # type: ignore[arg-type]
+                except BaseException:
+                    detach(model, name)
+                    raise
     return report
 
 
@@ -205,7 +235,8 @@ def _windows(
 ) -> Iterator[Window]:
     """The layers block by block, with what the blocks are called with where there are batches."""
     size, overlap = rule.span
-    reads = rule.needs() or size or (repair is not None and repair.needs())
+    sees = rule.needs() or size or (repair is not None and repair.needs())
+    reads = sees or (repair is not None and repair.distils)
     who = rule.slug if rule.needs() or size or repair is None else repair.slug
     if not reads and calibration is not None:
         raise RankfoldError(f"calibration= was given, but {who} needs no statistics")
@@ -213,21 +244,25 @@ def _windows(
         raise RankfoldError(f"{who} needs statistics of the data: quantize(..., calibration=batches)")
     if size and isinstance(calibration, Calibration):
         raise RankfoldError(f"{rule.slug} runs the blocks: quantize(..., calibration=batches), not their statistics")
-    if isinstance(calibration, list):
+    if sees and isinstance(calibration, list):
         yield from by_block(model, calibration, list(layers), size or 1, overlap, exact=size > 0)
         return
     for paths in blocks_of(layers).values():
-        yield Window(model, {path: layers[path] for path in paths}, paths, statistics=calibration)
+        yield Window(
+            model,
+            {path: layers[path] for path in paths},
+            paths,
+            statistics=None if isinstance(calibration, list) else calibration,
+        )
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[Callable[..., None]]:
+def _as_it_was(model: nn.Module, hooks: list[Any]) -> Iterator[Callable[..., None]]:
     """A function that exchanges a layer, wherever it is; an error puts all of them back.
 
-    While it lasts an exchanged layer's product with its compensation is added to what it gives.
+    While the `hooks` are there an exchanged layer's product with its compensation is added to what it gives.
     """
     places: list[tuple[nn.Module, str, nn.Module]] = []
-    hooks: list[Any] = []
 
     def exchange(old: nn.Module, new: nn.Module, pair: tuple[Tensor, Tensor] | None) -> None:
         for module in model.modules():
@@ -251,7 +286,7 @@ def _as_it_was(model: nn.Module) -> Iterator[Callable[..., None]]:
             hook.remove()
 
 
-def _attach(model: nn.Module, pairs: dict[str, tuple[Tensor, Tensor]], name: str) -> None:
+def _attach(model: nn.Module, pairs: dict[str, tuple[Tensor, Tensor]], name: str) -> Adapter:
     """A LoRA of those products, of scale 1."""
     from rankfold.deltas.lora import LoRA
 
@@ -264,3 +299,4 @@ def _attach(model: nn.Module, pairs: dict[str, tuple[Tensor, Tensor]], name: str
     with torch.no_grad():
         for path, (B, A) in pairs.items():
             adapter.deltas[path].set_start(B, A)
+    return adapter
