@@ -306,8 +306,8 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_worked_widths() -> None:
-    """Bytes 80, 40, 20. a costs 0, 4, 6 and b 0, 1, 30: b first (1 for 40 bytes), then a (4 / 40), a again (2 / 20)."""
-    loss = {(0, 0): {8: 0.0, 4: 4.0, 2: 6.0}, (0, 1): {8: -1.0, 4: 1.0, 2: 30.0}}
+    """Bytes 80, 40, 20. a costs 0, 4, 6 and b 0, 1, 4: b first (1 / 40), a (4 / 40), a (2 / 20), last b (3 / 20)."""
+    loss = {(0, 0): {8: 0.0, 4: 4.0, 2: 6.0}, (0, 1): {8: -1.0, 4: 1.0, 2: 4.0}}
     found = Profile(loss, {key: {8: 80, 4: 40, 2: 20} for key in loss})
     a, b = (0, 0), (0, 1)
     assert found.choose(budget=160) == {a: 8, b: 8}
@@ -317,8 +317,9 @@ def test_worked_widths() -> None:
     assert found.choose(budget=40) == {a: 2, b: 2}
     assert found.choose(quality=0.5) == {a: 8, b: 8}
     assert found.choose(quality=3) == {a: 8, b: 4}
+    assert found.choose(quality=4) == {a: 8, b: 2}
     assert found.choose(quality=7) == {a: 2, b: 4}
-    assert found.choose(quality=36) == {a: 2, b: 2}
+    assert found.choose(quality=10) == {a: 2, b: 2}
     for wrong in ({"budget": 39}, {}, {"budget": 100, "quality": 1.0}):
         with pytest.raises(RankfoldError):
             found.choose(**wrong)  # type: ignore[arg-type]
