@@ -46,6 +46,21 @@ def write_whole(path: str | os.PathLike[str], data: bytes | str | Callable[[Path
     return path
 
 
+def fill_whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make `folder` of what `fill` writes into the empty folder it is given, in the place of one that is there.
+
+    A failure leaves that as it was, and nothing beside it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        work = Path(temporary) / "whole"
+        work.mkdir()
+        fill(work)
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        work.rename(folder)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -30,8 +30,10 @@ class Windowed:
     back over as it was gone through, with the same draws, however few tokens `backward` is asked for.
     """
 
-    def __init__(self, stack: Stack, input_ids: Tensor, labels: Tensor, count: float | None = None):
-        """`input_ids` and `labels` are (T,), with IGNORED where there is no label."""
+    def __init__(
+        self, stack: Stack, input_ids: Tensor, labels: Tensor, count: float | None = None, seed: int | None = None
+    ):
+        """`input_ids` and `labels` are (T,), with IGNORED where there is no label; `seed` is that of what is drawn."""
         self.stack, self.ids = stack, input_ids.to(stack.device)[None]
         self.targets = F.pad(labels.to(stack.device)[1:], (0, 1), value=IGNORED)
         self.count = float((self.targets != IGNORED).sum()) if count is None else count
@@ -41,7 +43,8 @@ class Windowed:
         self.done = 0  # tokens that went forward
         self.behind = 0  # of them, those that the backward pass is still to reach
         self.loss = 0.0
-        self._seed = int(torch.randint(2**62, ()))  # one draw a sequence, however it is cut
+        # One draw a sequence, however it is cut.
+        self._seed = int(torch.randint(2**62, ())) if seed is None else seed
         self._drawn: list[int] = []  # first tokens of windows in which something was drawn
 
     # ---- forward
@@ -154,8 +157,11 @@ class Windowed:
         """Draws of their own for a window's pass through a layer; gives whether anything was drawn."""
         device = self.stack.device
         on_gpu = device.type == "cuda"
-        with torch.random.fork_rng([device] if on_gpu else []):
-            torch.manual_seed(self._seed + start * len(self.stack.layers) + layer)
-            generator = torch.cuda.default_generators[device.index or 0] if on_gpu else torch.default_generator
-            before = generator.get_state()
+        generator = torch.cuda.default_generators[device.index or 0] if on_gpu else torch.default_generator
+        outer = generator.get_state()
+        generator.manual_seed((self._seed + start * len(self.stack.layers) + layer) & (1 << 63) - 1)
+        before = generator.get_state()
+        try:
             yield lambda: not torch.equal(before, generator.get_state())
+        finally:
+            generator.set_state(outer)

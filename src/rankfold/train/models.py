@@ -1,7 +1,6 @@
 """Pretrained models from a hub, a directory or a GGUF file, with the tokenizer or image processor that they need."""
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.core.files import fill_whole
 from rankfold.errors import RankfoldError
 from rankfold.train.places import cache_dir, locate
 from rankfold.train.recipe import Model, Task
@@ -139,7 +139,7 @@ def gguf_directory(gguf: Path) -> Path:
     done = cache_dir() / "models" / f"{gguf.stem}-{digest[:16]}"
     if not done.is_dir():
         try:
-            _whole_directory(done, lambda work: _convert_gguf(gguf, work))
+            fill_whole(done, lambda work: _convert_gguf(gguf, work))
         except OSError:
             if not done.is_dir():  # else another process was first, and its result is as good
                 raise
@@ -166,18 +166,7 @@ def save_directory(
         if processor is not None:
             processor.save_pretrained(work)
 
-    _whole_directory(folder, fill)
-
-
-def _whole_directory(folder: Path, fill: Callable[[Path], None]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        work = Path(temporary) / "whole"
-        work.mkdir()
-        fill(work)
-        if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        work.rename(folder)
+    fill_whole(folder, fill)
 
 
 def _convert_gguf(gguf: Path, target: Path) -> None:

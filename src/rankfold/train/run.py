@@ -1,6 +1,7 @@
 """One training run from a recipe to a report: `rankfold train` in Python."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, display: 
     )
     check_schedule(recipe.schedule, recipe.budget)
     if main:
-        _claim(output, recipe, resume)
+        claim(output, recipe, resume)
     processes().wait_for_everyone()
     checkpoint = last_checkpoint(output) if resume else None
 
@@ -86,7 +87,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, display: 
         rewind_metrics(output / "metrics.jsonl", -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
     statistics = collect(inputs, parts, display) if checkpoint is None else None
     with display.phase("attaching the adapter"):
-        adapter = _attach(inputs, parts, statistics, checkpoint)
+        adapter = attach_adapter(inputs, parts, statistics, checkpoint)
     del statistics
     trainer, progress, interrupt = make_trainer(inputs, parts, adapter, output, checkpoint, display)
     answering = main and not trainer.is_fsdp_enabled  # to generate with a sharded model, every process has to take part
@@ -128,7 +129,7 @@ def _save(trainer: AdapterTrainer, inputs: Inputs, output: Path) -> None:
         save_directory(inputs.model, inputs.processor, output / MODEL, state)
 
 
-def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
+def claim(output: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse a folder that holds something else; on resume, a run of another recipe."""
     if not resume:
         if output.is_dir() and any(output.iterdir()):
@@ -156,7 +157,10 @@ def last_checkpoint(output: Path) -> Path | None:
     return Path(found) if found else None
 
 
-def _attach(inputs: Inputs, parts: Parts, statistics: Calibration | None, checkpoint: Path | None) -> rankfold.Adapter:
+def attach_adapter(
+    inputs: Inputs, parts: Parts, statistics: Calibration | None, checkpoint: Path | None
+) -> rankfold.Adapter:
+    """What the recipe trains, on its model: new, or as a checkpoint has it."""
     recipe, model = inputs.recipe, inputs.model
     if parts.method is None:
         return Full(model, targets_of(recipe), recipe.modules_to_save or ())
@@ -182,7 +186,13 @@ def _attach(inputs: Inputs, parts: Parts, statistics: Calibration | None, checkp
 
 
 def make_trainer(
-    inputs: Inputs, parts: Parts, adapter: rankfold.Adapter, output: Path, checkpoint: Path | None, display: Display
+    inputs: Inputs,
+    parts: Parts,
+    adapter: rankfold.Adapter,
+    output: Path,
+    checkpoint: Path | None,
+    display: Display,
+    kind: Callable[..., AdapterTrainer] = AdapterTrainer,
 ) -> tuple[AdapterTrainer, Progress, Interrupt]:
     recipe, data = inputs.recipe, inputs.data
     rows_per_step = recipe.batch.size * processes().num_processes * recipe.batch.accumulate
@@ -192,7 +202,7 @@ def make_trainer(
     steps = total_steps(recipe.budget, math.ceil(len(train) / rows_per_step))
     progress, interrupt = Progress(recipe.budget, steps), Interrupt()
     watchers = [Metrics(output / "metrics.jsonl", progress), BudgetWatch(progress), interrupt]
-    trainer = AdapterTrainer(
+    trainer = kind(
         model=inputs.model,
         args=training_arguments(recipe, output / "checkpoints", steps, resumed=checkpoint is not None),
         adapter=adapter,

@@ -260,8 +260,8 @@ class AdapterTrainer(transformers.Trainer):
 
     # ---- measuring
 
-    def measure(self) -> Score:
-        """The score on the held-out rows, exact also where several processes share the work."""
+    def measure(self, adapted: bool = True) -> Score:
+        """The score on the held-out rows, exact also where several processes share the work; or the base model's."""
         rows, world, rank = self.eval_dataset, self.args.world_size, self.args.process_index
         model = self.adapter.model
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # every process takes part in every forward pass
@@ -282,14 +282,14 @@ class AdapterTrainer(transformers.Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         self.callback_handler.eval_dataloader = batches  # type: ignore[assignment]
-        with self.accelerator.autocast():
+        route = contextlib.nullcontext() if adapted else rankfold.using(self.adapter.model, None)
+        with route, self.accelerator.autocast():
             return evaluate(model, batches, self.task, reduce=add_up, on_batch=tick)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Held-out figures as Trainer logs them. At step 0 they are the base model's, with the adapter off."""
         adapted = self.state.global_step > 0 or isinstance(self.adapter, Full)
-        with contextlib.nullcontext() if adapted else rankfold.using(self.adapter.model, None):
-            score = self.measure()
+        score = self.measure(adapted)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in score.as_dict().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
