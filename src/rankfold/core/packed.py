@@ -1,6 +1,7 @@
 """Weights in few bits: what a code stands for, how codes lie in bytes, and the linear layer that multiplies by them."""
 
 import functools
+import importlib.util
 import math
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -240,8 +241,14 @@ def dequantise(packed: Packed, shape: tuple[int, int], scheme: Scheme, dtype: to
 def _product(x: Tensor, packed: Packed, shape: tuple[int, int], scheme: Scheme) -> Tensor:
     """x Ŵᵀ, of few tokens without a Ŵ where there is compiled code."""
     few = 0 < x[..., 0].numel() <= _FEW and not torch.is_autocast_enabled(x.device.type)
-    if few and scheme.along == "in" and (compiled := _compiled(packed, x.dtype)) is not None:
-        return compiled.rows(packed, shape[1], scheme, x.reshape(-1, shape[1])).view(*x.shape[:-1], shape[0])
+    if few and scheme.along == "in" and not torch.compiler.is_compiling():
+        y, tokens = None, x.reshape(-1, shape[1])
+        if (compiled := _compiled(packed, x.dtype)) is not None:
+            y = compiled.rows(packed, shape[1], scheme, tokens)
+        elif x.is_cuda and BITS[scheme.format] == 4 and (fused := _with("triton", "packed_cuda")) is not None:
+            y = fused.product(packed, shape[1], scheme, tokens)
+        if y is not None:
+            return y.view(*x.shape[:-1], shape[0])
     return F.linear(x, dequantise(packed, shape, scheme, x.dtype))
 
 
@@ -251,16 +258,18 @@ def _compiled(packed: Packed, dtype: torch.dtype) -> Any:
     fits = codes.device.type == "cpu" and dtype == torch.float32 and codes.numel() >= _WORTH
     if not fits or torch.compiler.is_compiling() or type(codes) not in (Tensor, nn.Parameter):
         return None
-    return None if scales.requires_grad and torch.is_grad_enabled() else _with_numba()
+    return None if scales.requires_grad and torch.is_grad_enabled() else _with("numba", "packed_cpu")
 
 
 @functools.cache
-def _with_numba() -> Any:
-    try:
-        from rankfold.core import packed_cpu
-    except (ImportError, RuntimeError):  # not installed; nowhere to keep what was compiled
+def _with(library: str, module: str) -> Any:
+    """A module of ours that needs a library, where that is installed."""
+    if importlib.util.find_spec(library) is None:
         return None
-    return packed_cpu
+    try:
+        return importlib.import_module(f"rankfold.core.{module}")
+    except RuntimeError:  # Numba finds no folder where it may keep what it compiles
+        return None
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,17 +1,18 @@
 """Packed weights on a processor, compiled by Numba: a row's bytes become its numbers in the cache."""
 
 import functools
+import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from rankfold.core.packed import BITS, PACK, Packed, Scheme, unpack
 
+numba: Any = importlib.import_module("numba")
 _compiled: Any = functools.partial(numba.njit, cache=True, nogil=True, error_model="numpy")
 _SHARE = 2**21  # fewer numbers than this are not worth a thread
 
