@@ -1,7 +1,6 @@
 """The command line: `rankfold COMMAND`, one file a command. Nothing here imports torch before a command runs."""
 
 import importlib
-import logging
 import os
 import sys
 import warnings
@@ -77,7 +76,6 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns at the first fork
-    for name in ("torchao", "torch.utils._pytree", "accelerate", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    importlib.import_module("rankfold.compare.quiet")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

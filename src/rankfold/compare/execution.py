@@ -45,7 +45,7 @@ class Local:
         forks = "forkserver" in multiprocessing.get_all_start_methods()
         self.context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
-            self.context.set_forkserver_preload(["rankfold.compare.worker"])
+            self.context.set_forkserver_preload(["rankfold.compare.quiet", "rankfold.compare.worker"])
         self.threads = threads
         before = {name: os.environ.get(name) for name in environment(threads)}
         os.environ.update(environment(threads))  # libraries read it when they are imported
