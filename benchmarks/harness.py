@@ -137,14 +137,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def arguments(description: str, **defaults: int) -> argparse.Namespace:
-    """`--json PATH`, `--threads N`, `--patience SECONDS` and one integer option for each default."""
+def arguments(description: str, **defaults: int | str) -> argparse.Namespace:
+    """`--json PATH`, `--threads N`, `--patience SECONDS` and an option for each default, a number or a text."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait for a quiet machine")
     for name, value in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     return given

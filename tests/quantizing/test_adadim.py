@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import rankfold
 from rankfold.core.calibration import InputCovariance, calibrate
+from rankfold.core.calibration.blocks import standing
 from rankfold.core.packed import PackedLinear, Scheme, dequantise
 from rankfold.errors import RankfoldError
-from rankfold.quantizers.adadim import standing
 from rankfold.quantizers.rtn import RTN
 from tests.methods.support import DOUBLE, draw
 
@@ -98,7 +98,7 @@ def test_the_first_layer_has_the_smaller_error_of_the_two() -> None:
         expected = torch.cat([mlp(x) for x in batches])
         for along in ("in", "out"):
             W = rounded(mlp.gate.weight, group=16, along=along).half().float()
-            with standing(mlp.gate, W):  # type: ignore[arg-type]
+            with standing({mlp.gate: W}):  # type: ignore[dict-item]
                 errors[along] = float((torch.cat([mlp(x) for x in batches]) - expected).norm())
     rankfold.quantize(model, scheme, "adadim", calibration=batches)
     assert directions(model)["layers.0.gate"] == min(errors, key=lambda along: errors[along])
@@ -116,7 +116,7 @@ def test_the_last_layer_of_a_module_is_judged_by_its_own_output() -> None:
     for along in ("in", "out"):
         V = RTN().quantise(W, scheme := Scheme(format="int2", group=8, along=along), None, "")
         plain.layers[0].gate, plain.layers[0].up = model.layers[0].gate, model.layers[0].up
-        with torch.no_grad(), standing(plain.layers[0].down, dequantise(V, tuple(W.shape), scheme, W.dtype)):  # type: ignore[arg-type]
+        with torch.no_grad(), standing({plain.layers[0].down: dequantise(V, tuple(W.shape), scheme, W.dtype)}):  # type: ignore[dict-item]
             errors[along] = float((torch.cat([plain.layers[0](x) for x in batches]) - expected).norm())
     assert chosen.scheme.along == min(errors, key=lambda along: errors[along])
 

@@ -2,13 +2,12 @@
 Heo et al. 2023, arXiv 2309.15531."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from rankfold.core.calibration import Statistic
-from rankfold.core.calibration.blocks import Seen, Window
+from rankfold.core.calibration.blocks import Seen, Window, standing
 from rankfold.core.component import build
 from rankfold.core.packed import Packed, Scheme, dequantise
 from rankfold.quantizers._quantizer import Quantizer, weight
@@ -57,23 +56,12 @@ class AdaDim(Quantizer):
             for along in ("in", "out"):
                 tried = scheme.model_copy(update={"along": along})
                 packed = RTN().quantise(W, tried, None, path)
-                with window.at_rest(), standing(layer, dequantise(packed, tuple(W.shape), tried, W.dtype)):
+                with window.at_rest(), standing({layer: dequantise(packed, tuple(W.shape), tried, W.dtype)}):
                     found.append((distance(module, calls[module]), packed, tried))
             _, packed, chosen = min(found, key=lambda one: one[0])
             if self.rounding != "rtn":
                 packed = self.rule(chosen).quantise(W, chosen, window.statistics, path)
             yield path, packed, chosen
-
-
-@contextmanager
-def standing(layer: nn.Linear, W: Tensor) -> Iterator[None]:
-    """With W in the place of the layer's weight."""
-    own = layer.weight.data
-    layer.weight.data = W.to(own.dtype)
-    try:
-        yield
-    finally:
-        layer.weight.data = own
 
 
 def distance(module: nn.Module, calls: Sequence[Seen]) -> float:

@@ -94,6 +94,22 @@ class Window:
         return found
 
 
+@contextmanager
+def standing(weights: Mapping[nn.Linear, Tensor]) -> Iterator[None]:
+    """With these in the place of the layers' weights; gradients reach them."""
+    own = {layer: dict(layer._parameters) for layer in weights}
+    try:
+        for layer, W in weights.items():
+            given = layer._parameters.pop("weight")
+            layer.__dict__["weight"] = W.to(given.dtype)  # type: ignore[union-attr]
+        yield
+    finally:
+        for layer, parameters in own.items():
+            layer.__dict__.pop("weight", None)
+            layer._parameters.clear()
+            layer._parameters.update(parameters)
+
+
 def by_block(
     model: nn.Module,
     batches: Iterable[Any],
