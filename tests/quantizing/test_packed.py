@@ -288,3 +288,8 @@ def test_what_cannot_be_packed_is_refused_and_the_model_stays() -> None:
         PackedLinear.of(
             nn.Linear(24, 10), Packed(torch.zeros(10, 3, dtype=torch.uint8), torch.ones(10, 1), None), Scheme()
         )
+
+
+def test_shapes_can_be_had_without_numbers() -> None:
+    _, layer = layer_of(Scheme())
+    assert layer.to("meta")(torch.empty(2, 24, device="meta")).shape == (2, 10)

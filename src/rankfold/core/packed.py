@@ -240,8 +240,8 @@ def dequantise(packed: Packed, shape: tuple[int, int], scheme: Scheme, dtype: to
 
 def _product(x: Tensor, packed: Packed, shape: tuple[int, int], scheme: Scheme) -> Tensor:
     """x Ŵᵀ, of few tokens without a Ŵ where there is compiled code."""
-    few = 0 < x[..., 0].numel() <= _FEW and not torch.is_autocast_enabled(x.device.type)
-    if few and scheme.along == "in" and not torch.compiler.is_compiling():
+    few = x.device.type in ("cpu", "cuda") and 0 < x.numel() // shape[1] <= _FEW and scheme.along == "in"
+    if few and not torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling():
         y, tokens = None, x.reshape(-1, shape[1])
         if (compiled := _compiled(packed, x.dtype)) is not None:
             y = compiled.rows(packed, shape[1], scheme, tokens)
