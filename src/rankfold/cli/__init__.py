@@ -10,6 +10,9 @@ import typer
 
 from rankfold.errors import RankfoldError
 
+_EXTRAS = {"optuna": "compare", "sklearn": "compose", "scipy": "compose"}
+_EXTRAS |= dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve")
+
 app = typer.Typer(
     name="rankfold",
     help="Adapt a pretrained model by a small change: train it, measure it, share it.",
@@ -20,7 +23,7 @@ app = typer.Typer(
 
 for _command in (
     "train", "evaluate", "generate", "inspect", "merge", "squeeze", "compress", "combine", "lorahub", "similar",
-    "transfer", "skills", "generate_adapter", "quantize", "audit", "compare", "peft", "methods",
+    "transfer", "skills", "generate_adapter", "quantize", "serve", "audit", "compare", "peft", "methods",
 ):  # fmt: skip
     importlib.import_module(f"rankfold.cli.{_command}").register(app)
 
@@ -63,7 +66,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("rankfold"):
         missing = str(error.name).partition(".")[0]
-        extra = {"optuna": "compare", "sklearn": "compose", "scipy": "compose"}.get(missing, "train")
+        extra = _EXTRAS.get(missing, "train")
         return f"this command needs {missing}, which is not installed; try: pip install 'rankfold[{extra}]'", 2
     format_message = getattr(error, "format_message", None)
     if format_message is not None:  # a wrong option or argument (typer's own kind of error is not public)

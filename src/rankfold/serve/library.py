@@ -109,17 +109,20 @@ class Library:
         """All adapters on disk, and those attached to the model besides."""
         found = set(self.live)
         if self.folder is not None:
-            found |= {p.name for p in self.folder.iterdir() if NAME.fullmatch(p.name) and _holds_adapter(p)}
+            found |= {p.name for p in self.folder.iterdir() if NAME.fullmatch(p.name) and self._holds(p)}
         return sorted(found - self.withdrawn)
 
     def path(self, name: str) -> Path:
         """The folder of an adapter. Raises UnknownAdapterError; no name leads out of the library's folder."""
-        if self.folder is None or not NAME.fullmatch(name) or not _holds_adapter(self.folder / name):
+        if self.folder is None or not NAME.fullmatch(name) or not self._holds(self.folder / name):
             raise UnknownAdapterError(f"there is no adapter called {name[:128]!r}")
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder.resolve()):
-            raise UnknownAdapterError(f"the adapter {name!r} is a link that leads out of the folder of adapters")
-        return path
+        return (self.folder / name).resolve()
+
+    def _holds(self, path: Path) -> bool:
+        """Whether an adapter is there, and is no link that leads out of the folder."""
+        assert self.folder is not None
+        outside = path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve())
+        return _holds_adapter(path) and not outside
 
     def check(self, name: str) -> None:
         """Raises UnknownAdapterError where requests for it are not to be accepted."""
