@@ -235,6 +235,21 @@ def test_chat_with_an_init_from_data_and_checkpointing(tmp_path: Path, llama_dir
     assert report.samples[0].prompt.endswith("?")
 
 
+@pytest.mark.parametrize("method", [{"name": "lora", "rank": 2}, "full"], ids=str)
+def test_products_of_low_precision(method: Any, tmp_path: Path, llama_dir: Path, questions: Path) -> None:
+    """int4 without a rotation is seen in the loss of the training, and never in that of the held-out rows."""
+    base = {"budget": {"steps": 4}, "method": method}
+    plain = run(tmp_path / "plain", tiny.recipe_values(llama_dir, questions, **base))
+    rough = {"name": "halo", "level": 0, "format": "int4"}
+    report = run(tmp_path / "run", tiny.recipe_values(llama_dir, questions, **base, low_precision=rough))
+    assert report.before == plain.before
+    first, exact = (read_metrics(tmp_path / folder / "metrics.jsonl") for folder in ("run", "plain"))
+    losses = [next(line["loss"] for line in lines if "loss" in line) for lines in (first, exact)]
+    assert 1e-4 < abs(losses[0] - losses[1]) < 0.5
+    assert report.after != plain.after
+    assert read_recipe(tmp_path / "run" / "recipe.yaml").low_precision.hyper == {"level": 0, "format": "int4"}
+
+
 def test_sequence_classification_trains_its_new_head(tmp_path: Path, bert_dir: Path, questions: Path) -> None:
     values = tiny.recipe_values(bert_dir, questions, budget={"steps": 40})
     values["data"] |= {"format": "classification", "columns": {"text": "question", "label": "kind"}}

@@ -21,7 +21,7 @@ from rankfold.train.recipe_file import apply_override, describe_errors, read_val
 # What a contender may put in the place of the base recipe's: how to train, never on what or for how long.
 MAY_DIFFER = (
     "method", "targets", "init", "fold", "calibration", "overrides", "modules_to_save", "callbacks", "optimizer",
-    "schedule", "precision", "gradient_checkpointing",
+    "schedule", "precision", "low_precision", "gradient_checkpointing",
 )  # fmt: skip
 _NAMED = ("method", "init", "optimizer")  # keys of one technique, by slug alone or with its hyperparameters
 _OF_ANY_OPTIMIZER = ("lr", "weight_decay", "clip", "per_layer")

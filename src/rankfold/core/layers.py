@@ -209,7 +209,7 @@ class AdaptedLinear(Adapted):
         return y
 
     def adapted(self, x: Tensor, delta: Delta) -> Tensor:
-        if not delta.fused or x.is_nested:
+        if not delta.fused or x.is_nested or hasattr(self, "product_with"):
             return super().adapted(x, delta)
         if delta.form == "transform" or self.exact_sum(delta):
             return delta.linear(x, delta.W, self.own_bias)
@@ -217,7 +217,8 @@ class AdaptedLinear(Adapted):
         return y + delta.linear(x, None, None).to(y.dtype)
 
     def functional(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+        linear = getattr(self, "product_with", F.linear)  # a layer may have a way of its own
+        return linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
 
     def product(self, x: Tensor, A: Tensor, B: Tensor, scale: float, gain: Tensor | None = None) -> Tensor:
         h = F.linear(x, A.to(x.dtype)) * scale
@@ -609,6 +610,12 @@ def unpack_layer(layer: Any) -> None:
         for name in names:
             del held[name]
     _change_class(layer, adapted_class(*made_from))
+
+
+def change_plain(layer: Any, plain: type[nn.Module]) -> None:
+    """Give a layer another class of its own, one with the same attributes; adapted it stays so."""
+    adapted = isinstance(layer, Adapted)
+    _change_class(layer, adapted_class(layer._made_from[0], plain, *layer._made_from[2:]) if adapted else plain)
 
 
 def home(site: Site) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 import rankfold
 from rankfold.core.component import components
 from rankfold.errors import RankfoldError
+from rankfold.quantizers.halo import HALO
 from rankfold.train.recipe import Component, Optimizer, Recipe
 from rankfold.train.watch import default_interval
 
@@ -26,6 +27,7 @@ class Parts:
     init: Any | None
     callbacks: tuple[Any, ...]
     optimizer: rankfold.Optimizer
+    low_precision: Any | None = None
 
 
 def build_parts(recipe: Recipe) -> Parts:
@@ -35,6 +37,7 @@ def build_parts(recipe: Recipe) -> Parts:
         init=None if recipe.init is None else _build(recipe.init, "init", rankfold.Init),
         callbacks=tuple(_build(c, f"callbacks.{i}", rankfold.Callback) for i, c in enumerate(recipe.callbacks)),
         optimizer=build_optimizer(recipe.optimizer),
+        low_precision=None if recipe.low_precision is None else _build(recipe.low_precision, "low_precision", HALO),
     )
 
 

@@ -213,6 +213,7 @@ class Recipe(Section):
     budget: Budget
     batch: Batch = Batch()  # type: ignore[call-arg]
     precision: Literal["float32", "bf16", "fp16"] = Field("float32", description="type the forward pass computes in")
+    low_precision: Component | None = Field(None, description="how the products of linear layers are rounded, by slug")
     gradient_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
     seed: int = Field(0, ge=0, lt=2**32)
     log: Log = Log()  # type: ignore[call-arg]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, display: 
         before = _answers(inputs, display) if answering else []
         if checkpoint is not None:
             adapter.restore(checkpoint / trainer.part)
-    run_to_end(trainer, progress, interrupt, checkpoint, display)
+    with nullcontext() if parts.low_precision is None else parts.low_precision.training(inputs.model):
+        run_to_end(trainer, progress, interrupt, checkpoint, display)
     _save(trainer, inputs, output)
     found: list[Any] = [None]
     if main:
