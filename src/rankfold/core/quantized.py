@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.core.codebooks import CodebookLinear
 from rankfold.core.packed import PackedLinear
 from rankfold.errors import UnsupportedError
 
@@ -37,7 +38,7 @@ def dense(weight: Tensor, layer: Any = None) -> Tensor:
     """
     if is_plain(weight):
         return weight
-    if isinstance(layer, PackedLinear):
+    if isinstance(layer, PackedLinear | CodebookLinear):
         return layer.dequantise()
     if hasattr(weight, "full_tensor"):  # sharded by FSDP: every process has to take part
         return dense(weight.full_tensor(), layer)  # type: ignore[attr-defined]

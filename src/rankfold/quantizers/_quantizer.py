@@ -1,6 +1,6 @@
 """What quantisers and compensations say, and `quantize`, which puts packed layers in the place of linear ones."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from rankfold.core.adapter import Adapter
 from rankfold.core.attach import attach
 from rankfold.core.calibration import Calibration, Statistic
 from rankfold.core.calibration.blocks import Window, blocks_of, by_block
+from rankfold.core.codebooks import Codebooks
 from rankfold.core.component import Component, build
 from rankfold.core.control import detach
 from rankfold.core.layers import Adapted
@@ -33,6 +34,7 @@ class Quantizer(Component):
     """
 
     axis: ClassVar[str] = "quantizers"
+    takes: ClassVar[type] = Scheme
 
     def needs(self) -> tuple[Statistic[Any], ...]:
         return ()
@@ -53,6 +55,18 @@ class Quantizer(Component):
         """
         for path in window.due:
             yield path, self.quantise(weight(window.layers[path]), scheme, window.statistics, path), scheme
+
+    def all_of(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Any],
+        scheme: Any,
+        batches: Sequence[Any] | None,
+        exchange: Callable[..., None],
+        progress: Callable[[str], object],
+    ) -> "dict[str, Quantised]":
+        """All layers, by one that takes other schemes; `exchange(layer, made, None)` puts a packed one in its place."""
+        raise NotImplementedError
 
 
 class Compensation(Component):
@@ -111,7 +125,7 @@ class Quantised:
 
 def quantize(
     model: nn.Module,
-    scheme: Scheme,
+    scheme: Scheme | Codebooks,
     how: str | Quantizer = "rtn",
     *,
     targets: Targets = "all-linear",
@@ -128,7 +142,7 @@ def quantize(
 
     Args:
         model: with float weights there; without adapters.
-        scheme: how the weights are kept.
+        scheme: how the weights are kept; `Codebooks` by "pv-tuning".
         how: the quantiser, or its slug with its defaults.
         targets: which layers, as for `attach`.
         calibration: where statistics are needed: batches of model inputs, or what `rankfold.calibrate` made of the
@@ -148,6 +162,8 @@ def quantize(
     """
     rule = _built(how, Quantizer, "quantises")
     repair = None if compensate is None else _built(compensate, Compensation, "compensates")
+    if not isinstance(scheme, rule.takes):
+        raise RankfoldError(f"{rule.slug} keeps weights by {rule.takes.__name__}, not by {type(scheme).__name__}")
     layers: dict[str, Any] = {target.path: target.layer for target in find(model, targets)}
     for path, layer in layers.items():
         _check(path, layer)
@@ -155,6 +171,12 @@ def quantize(
         calibration = list(calibration)
     elif calibration is not None and work is not None:
         raise RankfoldError("work= knows its data by the batches: quantize(..., calibration=batches)")
+    if not isinstance(scheme, Scheme):
+        if repair is not None:
+            raise RankfoldError(f"{rule.slug} leaves nothing to {repair.slug}: its own tables are what trains")
+        with torch.no_grad(), _as_it_was(model, []) as exchange:
+            batches = calibration if isinstance(calibration, list) else None
+            return rule.all_of(model, layers, scheme, batches, exchange, progress or (lambda path: None))
     needs = (*rule.needs(), *(() if repair is None else repair.needs()))
     kept = None if work is None else Work(work, model, layers, scheme, rule, repair, calibration)
     teacher = None

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import rankfold
+from rankfold.core.codebooks import CodebookLinear, Codebooks
 from rankfold.core.packed import PackedLinear, Scheme
 from rankfold.core.targets import submodule
 from rankfold.errors import RankfoldError
@@ -32,7 +33,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
         self.version = version
         try:
-            read = [(Scheme.model_validate(one["scheme"]), [str(path) for path in one["layers"]]) for one in schemes]
+            read = [(_scheme(one["scheme"]), [str(path) for path in one["layers"]]) for one in schemes]
         except (ValidationError, KeyError, TypeError) as error:
             raise RankfoldError(
                 f"config.json: quantization_config names no schemes that can be read: {error}"
@@ -40,8 +41,12 @@ class PackedConfig(QuantizationConfigMixin):
         self.schemes = [{"scheme": scheme.model_dump(), "layers": paths} for scheme, paths in read]
 
     @property
-    def layers(self) -> dict[str, Scheme]:
-        return {path: Scheme(**one["scheme"]) for one in self.schemes for path in one["layers"]}
+    def layers(self) -> dict[str, Scheme | Codebooks]:
+        return {path: _scheme(one["scheme"]) for one in self.schemes for path in one["layers"]}
+
+
+def _scheme(told: Any) -> Scheme | Codebooks:
+    return (Codebooks if "books" in told else Scheme).model_validate(told)
 
 
 class PackedQuantizer(HfQuantizer):
@@ -56,7 +61,8 @@ class PackedQuantizer(HfQuantizer):
             if type(old) is not nn.Linear:
                 raise RankfoldError(f"config.json packs {path}, and {type(model).__name__} has no linear layer there")
             bias, dtype = old.bias is not None, old.weight.dtype
-            _put(model, path, PackedLinear(old.in_features, old.out_features, scheme, bias, dtype, "meta"))
+            kind: Any = CodebookLinear if isinstance(scheme, Codebooks) else PackedLinear
+            _put(model, path, kind(old.in_features, old.out_features, scheme, bias, dtype, "meta"))
 
     def is_serializable(self) -> bool:
         return True
@@ -132,9 +138,9 @@ register_quantizer(GPTQ_METHOD)(GPTQReader)
 
 def mark(model: Any) -> None:
     """Tell Transformers, in the model's configuration, which of its layers are packed."""
-    by_scheme: dict[Scheme, list[str]] = {}
+    by_scheme: dict[Scheme | Codebooks, list[str]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear | CodebookLinear):
             by_scheme.setdefault(module.scheme, []).append(path)
     if not by_scheme:
         raise RankfoldError("the model has no packed layer: quantise it first")
