@@ -122,9 +122,10 @@ class PagedExperts:
                 self._hooks.append(module[f"expert_{expert}"].register_forward_hook(give.after, always_call=True))
 
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            chosen = [*args, *kwargs.values()][1].detach()  # (rows, k); Switch gives it as one-hot
-            one_hot = chosen.dim() == 3
-            self._begin(number, (chosen.argmax(-1) if one_hot else chosen).flatten(0, -2).cpu(), count(module))
+            chosen, experts = [*args, *kwargs.values()][1].detach(), count(module)  # (rows, k)
+            if chosen.dim() == 3:  # one-hot; no expert has room for the rows without a one
+                chosen = torch.where(chosen.any(-1), chosen.argmax(-1), experts)
+            self._begin(number, chosen.cpu(), experts)
 
         def end(*_: Any) -> None:
             self._end()
@@ -135,7 +136,7 @@ class PagedExperts:
     # ---- a layer's forward
 
     def _begin(self, layer: int, chosen: Tensor, experts: int) -> None:
-        self._learn(layer, chosen)
+        self._learn(layer, chosen, experts)
         for key in self._ahead:
             self._resident.unpin(key)
         self._ahead.clear()
@@ -221,8 +222,11 @@ class PagedExperts:
         layers = len(self.file.layers)
         return ((key[0] - self._now - 1) % layers + 1) * self._uses, layers * self._uses
 
-    def _learn(self, layer: int, chosen: Tensor) -> None:
-        """Count which experts came after which, for each row of a batch; after another batch, for the last row."""
+    def _learn(self, layer: int, chosen: Tensor, experts: int) -> None:
+        """Count which experts came after which, for each row of a batch; after another batch, for the last row.
+
+        Numbers from `experts` on are none.
+        """
         before = self._chosen
         if before.numel():
             self._next[self._now] = layer
@@ -231,7 +235,8 @@ class PagedExperts:
             pairs = torch.stack(torch.broadcast_tensors(before[:, :, None], chosen[:, None]))
             found, times = pairs.flatten(1).unique(dim=1, return_counts=True)
             for i, j, n in zip(*found.tolist(), times.tolist(), strict=True):
-                self._after[layer].observe(i, j, n)
+                if j < experts:
+                    self._after[layer].observe(i, j, n)
         self._now, self._chosen = layer, chosen
 
     def _read_ahead(self, now: list[int]) -> None:
