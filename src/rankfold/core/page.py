@@ -270,6 +270,14 @@ def heat_maps(
 
 
 def _bar(into: Any, image: Any, axes: Any) -> None:
-    bar = into.colorbar(image, ax=axes, shrink=0.9, aspect=30)
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator
+
+    few: Any = {}
+    if isinstance(image.norm, LogNorm):  # by itself it would write every second number, as powers of ten
+        few = {"ticks": LogLocator(subs=(1, 2, 5)), "format": "%g"}
+    bar = into.colorbar(image, ax=axes, shrink=0.9, aspect=30, **few)
+    if few:
+        bar.minorticks_off()
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8.5)
