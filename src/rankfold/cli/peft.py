@@ -1,20 +1,22 @@
 """`rankfold export` and `rankfold import`: adapters from and to PEFT's file format."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from rankfold.cli._common import (
-    AdapterOption,
     DespiteOption,
     DtypeOption,
     ModelOption,
     RecipeOption,
+    check_new,
     load_adapter,
     load_base,
     say,
+    stderr,
 )
+from rankfold.errors import RankfoldError
 
 
 def register(app: typer.Typer) -> None:
@@ -26,20 +28,55 @@ def register(app: typer.Typer) -> None:
 
 def export(
     model: ModelOption,
-    adapter: AdapterOption,
-    output: Annotated[Path, typer.Option("--output", help="Folder for the PEFT adapter.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder for what is written.")],
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[DIR]...", help="With --format vllm: adapters, or folders of adapters."),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Folder of a saved adapter.")] = None,
+    format: Annotated[
+        Literal["peft", "vllm"],
+        typer.Option("--format", help="One PEFT adapter, or any number laid out for vLLM, with a manifest."),
+    ] = "peft",
+    rank: Annotated[int | None, typer.Option("--rank", help="With --format vllm: the most that a layer has.")] = None,
     dtype: DtypeOption = "float32",
     recipe: RecipeOption = None,
     despite: DespiteOption = None,
 ) -> None:
-    """Write an adapter in PEFT's format, for PEFT, vLLM and what else reads that."""
+    """Write an adapter in PEFT's format, for PEFT, vLLM and what else reads that; or many at once for vLLM.
+
+    For vLLM every adapter becomes a plain LoRA of one rank. manifest.json says what each lost by that, and the command
+    that serves them.
+    """
     import rankfold
     from rankfold.audit.record import check
 
-    check(adapter, despite or ())
+    given = [*(folders or ()), *([adapter] if adapter else ())]
+    if format == "peft":
+        if len(given) != 1 or rank is not None:
+            raise RankfoldError("--format peft writes one adapter as it is: give its folder with --adapter, no --rank")
+        check(given[0], despite or ())
+        loaded = load_base(model, dtype, recipe)
+        rankfold.export_peft(loaded.model, output, name=load_adapter(loaded, given[0]).name)
+        say([f"PEFT adapter: {output}"])
+        return
+    from rankfold.core.document import TENSORS
+    from rankfold.serve.vllm import MANIFEST, adapter_folders, export_vllm
+
+    check_new(output)
+    found = adapter_folders(given)
+    for folder in found.values():
+        if (folder / TENSORS).is_file():
+            check(folder, despite or ())
     loaded = load_base(model, dtype, recipe)
-    rankfold.export_peft(loaded.model, output, name=load_adapter(loaded, adapter).name)
-    say([f"PEFT adapter: {output}"])
+    with stderr.status("exporting") as status:
+        manifest = export_vllm(loaded.model, given, output, base=model, rank=rank, progress=status.update)
+    lossy = [
+        f"{one['name']} ({one['method']}): error {one['error']:.2g}"
+        for one in manifest["adapters"]
+        if one["error"] > 1e-5
+    ]
+    say([f"{len(found)} adapters for vLLM: {output / MANIFEST}", *lossy, f"cd {output} && {manifest['command']}"])
 
 
 def import_(
