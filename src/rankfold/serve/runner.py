@@ -21,6 +21,8 @@ from rankfold.serve.segments import Products, Segment
 class Runner:
     """The model with its `pool` of pages and its `library` of adapters; `close` gives it back as it was found.
 
+    `attention` is the implementation that it attends with by itself.
+
     Raises UnsupportedError for a model that attends in a way that pages cannot serve: that is tried on a few tokens.
     """
 
@@ -29,7 +31,7 @@ class Runner:
             raise RankfoldError("the model has adapters attached: detach them; the engine brings in those it serves")
         self.model = model.eval()
         self._keep: Tensor | None = None
-        self._before = model.config._attn_implementation
+        self.attention = model.config._attn_implementation
         expected = _plain_logits(model)
         self._head = model.get_output_embeddings().register_forward_pre_hook(
             lambda _, args: (args[0] if self._keep is None else args[0].index_select(0, self._keep), *args[1:])
@@ -51,7 +53,7 @@ class Runner:
             self.library.close()
         self._products.close()
         self._head.remove()
-        self.model.set_attn_implementation(self._before)
+        self.model.set_attn_implementation(self.attention)
 
     def forward(self, batch: Sequence[tuple[Request, int]]) -> Tensor:
         """Logits (requests that are read to their ends, V) of their next tokens, for requests with so many rows each.

@@ -7,30 +7,33 @@ from statistics import median
 class Slack:
     """The largest n_ft with `latency(n_inf + n_ft) ≤ SLO` and `n_inf + n_ft ≤ T`, of a latency that steps have shown.
 
-    `latency(n) = a + b n` goes through what was measured by medians, so that a step that had to wait for something
-    else moves it little: steps are put together by size (within powers of two), each size has the medians of its last
-    steps, b is the median of the slopes between two sizes and a that of what is left. While steps of few sizes are
-    known, n is at most twice the largest one.
+    `latency(n) = a + b n` goes through the last `keep` steps by medians, so that one that had to wait for something
+    else moves it little: steps are put together by size (within powers of two), each size has the medians of its
+    steps, b is the median of the slopes between two sizes and a that of what is left. A step has at most twice the
+    tokens of the largest of them.
 
     The paper has the latencies profiled before, for every number of tokens; here they are those of the running server.
     """
 
-    def __init__(self, slo: float, most: int, keep: int = 32):
+    def __init__(self, slo: float, most: int, keep: int = 128):
         """`slo` is the latency that a step may take, in seconds, `most` the T tokens of a step."""
-        self.slo, self.most, self.keep = slo, most, keep
-        self._seen: dict[int, deque[tuple[int, float]]] = {}
+        self.slo, self.most = slo, most
+        self._seen = deque[tuple[int, float]](maxlen=keep)
         self._line: tuple[float, float] | None = None
 
     def observe(self, n: int, seconds: float) -> None:
         """A step with n tokens took so long."""
-        self._seen.setdefault(n.bit_length(), deque(maxlen=self.keep)).append((n, seconds))
+        self._seen.append((n, seconds))
         self._line = None
 
     @property
     def line(self) -> tuple[float, float]:
         """a and b; with steps of one size, all is put down to their tokens."""
         if self._line is None:
-            points = [(median(n for n, _ in seen), median(s for _, s in seen)) for seen in self._seen.values()]
+            sizes: dict[int, list[tuple[int, float]]] = {}
+            for n, seconds in self._seen:
+                sizes.setdefault(n.bit_length(), []).append((n, seconds))
+            points = [(median(n for n, _ in seen), median(s for _, s in seen)) for seen in sizes.values()]
             pairs = [(p, q) for p in points for q in points if q[0] > p[0]]
             slopes = [(q[1] - p[1]) / (q[0] - p[0]) for p, q in pairs] or [s / n for n, s in points]
             b = max(median(slopes), 0.0)
@@ -43,10 +46,14 @@ class Slack:
         return a + b * n
 
     def room(self, n_inf: int) -> int:
-        """n_ft for a step with n_inf tokens of inference; 0 where they alone take the latency up."""
+        """n_ft for a step with n_inf tokens of inference; 0 where they alone take the latency up.
+
+        Where there is no inference it is at least 1: no one waits for that step, and it shows the latency anew.
+        """
+        least = 1 if n_inf == 0 else 0
         if not self._seen:
-            return max(0, min(1, self.most - n_inf))
-        largest = max(n for seen in self._seen.values() for n, _ in seen)
+            return least
+        largest = max(n for n, _ in self._seen)
         a, b = self.line
         fits = int((self.slo - a) / b + 1e-9) if b > 0 else self.most if a <= self.slo else 0
-        return max(0, min(fits, self.most, 2 * largest) - n_inf)
+        return max(least, min(fits, self.most, 2 * largest) - n_inf)
