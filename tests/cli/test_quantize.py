@@ -12,6 +12,8 @@ import rankfold
 from rankfold.cli import run
 from rankfold.core.packed import PackedLinear
 from rankfold.errors import RankfoldError
+from rankfold.train.models import load_model
+from rankfold.train.recipe import Model
 from tests.train import tiny
 
 IDS = torch.arange(3, 15)[None]
@@ -120,6 +122,8 @@ def test_what_needs_the_text_is_saved_with_what_it_found(how: str, llama_dir: Pa
     [
         (["--scheme", "int5"], "--scheme: Input should be"),
         (["--group", "0"], "--group: Input should be"),
+        (["--format", "gguf"], "--format is rankfold or gptq"),
+        (["--scheme", "2x8", "--double"], "codebooks have no"),
         (["--how", "gptq"], "gptq needs statistics of the data"),
         (["--rank", "4"], "--rank is the rank of a compensation"),
         (["--compensate", "rtn"], "compensates nothing"),
@@ -166,3 +170,32 @@ def test_only_packed_models_are_saved_and_loaded_so(llama_dir: Path, tmp_path: P
         rankfold.save_quantized(model, tmp_path / "out")
     with pytest.raises(RankfoldError, match="no model that rankfold has quantised"):
         rankfold.load_quantized(llama_dir)
+
+
+def test_the_files_of_gptqs_tools(llama_dir: Path, text: Path, tmp_path: Path) -> None:
+    """`--format gptq`; what comes out is the model of another command, too."""
+    llama = tiny.llama(hidden_size=64, head_dim=32)
+    llama.save_pretrained(tmp_path / "llama")
+    tiny.tokenizer().save_pretrained(tmp_path / "llama")
+    out = tmp_path / "out"
+    asked = ["--scheme", "int4", "--group", "32", "--symmetric", "--format", "gptq", "--output", str(out)]
+    assert run(["quantize", str(tmp_path / "llama"), *asked]) == 0
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bits"], config["group_size"], config["sym"]) == ("gptq", 4, 32, True)
+    loaded = load_model(Model(path=str(out)), None)
+    assert isinstance(loaded.model.get_submodule("model.layers.0.mlp.up_proj"), PackedLinear)
+    assert not loaded.new_modules
+
+
+def test_codebooks_and_a_distilled_compensation(llama_dir: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    data = ["--calibration", str(text), "--blocks", "2"]
+    asked = ["--scheme", "1x4", "--group", "4", "--how", "pv-tuning", *data, "--output", str(tmp_path / "pv")]
+    assert run(["quantize", str(llama_dir), *asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scheme"] == {"books": 1, "bits": 4, "width": 4}
+    model = rankfold.load_quantized(tmp_path / "pv")
+    assert type(model.get_submodule("model.layers.0.mlp.up_proj")).__name__ == "CodebookLinear"
+    asked = ["--scheme", "nf4", "--double", "--compensate", "lrec", "--rank", "2", *data]
+    assert run(["quantize", str(llama_dir), *asked, "--output", str(tmp_path / "lrec")]) == 0
+    model = rankfold.load_quantized(tmp_path / "lrec")
+    assert model.get_submodule("model.layers.0.mlp.up_proj").scheme.double
+    assert rankfold.load(model, tmp_path / "lrec" / "compensation").method.rank == 2  # type: ignore[attr-defined]

@@ -209,9 +209,9 @@ def load_quantized(folder: str | Path, auto: Any = AutoModelForCausalLM, **optio
     return model
 
 
-def reading(folder: str | Path) -> dict[str, Any]:
+def reading(folder: str | Path, **options: Any) -> dict[str, Any]:
     """What `from_pretrained` is told besides, so that we read GPTQ's files: a configuration that names our reader."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **options)
     told: Any = getattr(config, "quantization_config", None)
     if not isinstance(told, dict) or told.get("quant_method") != "gptq":
         return {}

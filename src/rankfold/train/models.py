@@ -42,11 +42,12 @@ def load_model(
     """
     import transformers
 
-    import rankfold.quantizers._transformers  # noqa: F401 (so that from_pretrained knows packed models)
+    from rankfold.quantizers._transformers import reading  # from_pretrained knows packed models from then on
 
     options: dict[str, Any] = {"revision": spec.revision} if spec.revision else {}
     try:
         source = model_source(spec)
+        ours = reading(source, **options)
         if task is None:
             config = transformers.AutoConfig.from_pretrained(source, **options)
             task = "seq2seq" if config.is_encoder_decoder else "causal-lm"
@@ -61,7 +62,7 @@ def load_model(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model, info = getattr(transformers, _AUTO[task]).from_pretrained(
-                source, dtype=getattr(torch, spec.dtype), output_loading_info=True, **options
+                source, dtype=getattr(torch, spec.dtype), output_loading_info=True, **options, **ours
             )
     except RankfoldError:
         raise
