@@ -156,6 +156,7 @@ def test_refused(tmp_path: Path) -> None:
         (["a", "b"], {}, "one name"),
         (["c"], {}, "cannot hold that name"),
         (["d"], {}, "holds no adapter"),
+        ([], {}, "no adapter was given"),
         (["a"], {"rank": 600}, "1 to 512"),
         (["a"], {"base": None}, "give base="),
     ):
@@ -164,19 +165,20 @@ def test_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_command(tmp_path: Path, capsys: Any) -> None:
+def test_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny.write_llama(tmp_path / "llama")
     model = LlamaForCausalLM.from_pretrained(base)
     for name in ("one", "two"):
         rankfold.attach(model, rankfold.LoRA(rank=4), ["q_proj"], name=name)
         rankfold.save(model, tmp_path / "adapters" / name, name=name)
-    command = ["export", str(tmp_path / "adapters"), "--model", str(base), "--output", str(tmp_path / "out")]
+    monkeypatch.chdir(tmp_path)
+    command = ["export", "adapters", "--model", "llama", "--output", "out"]
     assert run([*command, "--format", "vllm"]) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["base"] == str(base)
     assert "--max-lora-rank 8 --lora-modules one=one two=two" in capsys.readouterr().err
-    assert as_vllm_reads(tmp_path / "out" / "two")["base_model_name_or_path"] == str(base)
+    assert as_vllm_reads(tmp_path / "out" / "two")["base_model_name_or_path"] == "llama"
     assert run([*command, "--format", "vllm"]) == 2
     assert "is not empty" in capsys.readouterr().err
-    assert run([*command, "--adapter", str(tmp_path / "adapters" / "one")]) == 2
+    assert run([*command, "--adapter", "adapters/one"]) == 2
     assert "--format peft writes one" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """`rankfold export` and `rankfold import`: adapters from and to PEFT's file format."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import typer
@@ -69,14 +70,21 @@ def export(
         if (folder / TENSORS).is_file():
             check(folder, despite or ())
     loaded = load_base(model, dtype, recipe)
+    base = str(Path(model).resolve()) if Path(model).is_dir() else model  # vLLM is started from within the output
     with stderr.status("exporting") as status:
-        manifest = export_vllm(loaded.model, given, output, base=model, rank=rank, progress=status.update)
+        manifest = export_vllm(loaded.model, given, output, base=base, rank=rank, progress=status.update)
     lossy = [
         f"{one['name']} ({one['method']}): error {one['error']:.2g}"
         for one in manifest["adapters"]
         if one["error"] > 1e-5
     ]
-    say([f"{len(found)} adapters for vLLM: {output / MANIFEST}", *lossy, f"cd {output} && {manifest['command']}"])
+    say(
+        [
+            f"{len(found)} adapters for vLLM: {output / MANIFEST}",
+            *lossy,
+            f"cd {quote(str(output))} && {manifest['command']}",
+        ]
+    )
 
 
 def import_(

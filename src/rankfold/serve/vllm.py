@@ -44,6 +44,8 @@ def adapter_folders(given: Iterable[Path]) -> dict[str, Path]:
             if name in found:
                 raise RankfoldError(f"{found[name]} and {path} have one name: rename one of the folders")
             found[name] = path
+    if not found:
+        raise RankfoldError("no adapter was given: name folders of adapters, or folders that hold them")
     return found
 
 
