@@ -112,6 +112,37 @@ def test_forgetting_is_the_difference_of_the_losses() -> None:
         token_blocks("short", tiny.tokenizer())
 
 
+def test_forgetting_of_a_masked_model_is_a_pseudo_loss() -> None:
+    """The cross-entropy of the hidden tokens, the same ones with and without the adapter."""
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, **shape)).eval()
+    adapter = rankfold.attach(model, rankfold.LoRA(rank=2), ["value"])
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda _, args, given: seen.append(given["input_ids"]), with_kwargs=True)
+    text = [torch.randint(4, 40, (20,)) for _ in range(3)]
+    assert forgetting(model, "default", text, mask=3).loss == 0
+    with torch.no_grad():
+        adapter.deltas["bert.encoder.layer.0.attention.self.value"].B.normal_(std=30)
+    seen.clear()
+    found = forgetting(model, "default", text, mask=3)
+    asked, losses = seen[:], [0.0, 0.0]
+    for i, ids in enumerate(asked):
+        block, hidden = text[i // 2], ids[0] == 3
+        assert int(hidden.sum()) == 3
+        assert torch.equal(ids[0][~hidden], block[~hidden])
+        with rankfold.using(model, (None, "default")[i % 2]), torch.no_grad():
+            logits = model(input_ids=ids).logits[0, hidden]
+        losses[i % 2] += float(nn.functional.cross_entropy(logits, block[hidden])) / 3
+    assert found.tokens == 9
+    assert found.loss == pytest.approx(losses[1] - losses[0], abs=1e-6)
+    assert abs(found.loss) > 1e-4
+    with pytest.raises(rankfold.RankfoldError, match="the id of its mask token"):
+        forgetting(model, "default", text)
+
+
 def test_a_reference_is_measured_beside_it() -> None:
     model, _adapter = adapted()
     other, _ = adapted()

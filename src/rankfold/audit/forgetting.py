@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import rankfold
+from rankfold.core.routing import unwrapped
 from rankfold.errors import RankfoldError
+
+_HIDDEN = 0.15  # share of the tokens that a masked language model is asked for
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,40 @@ class Forgetting:
 
 @torch.no_grad()
 def forgetting(
-    model: nn.Module, name: str, blocks: Sequence[Tensor], *, draws: int = 2000, seed: int = 0
+    model: nn.Module,
+    name: str,
+    blocks: Sequence[Tensor],
+    *,
+    mask: int | None = None,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> Forgetting:
     """Under adapter `name`, on blocks of token ids (L,) each, for a causal language model.
 
-    The interval is a paired bootstrap over the blocks. Raises RankfoldError for fewer than two blocks, and for another
-    kind of model.
+    For a masked one `mask` is the id of its mask token: the loss is then the pseudo-loss on 15 % of each block's
+    tokens, drawn from the seed, which are hidden, the same with and without the adapter. The interval is a paired
+    bootstrap over the blocks. Raises RankfoldError for fewer than two blocks, and for another kind of model.
     """
     if len(blocks) < 2:
         raise RankfoldError(f"forgetting is measured on two blocks of text at least, not {len(blocks)}")
-    device = next(model.parameters()).device
+    if mask is None and type(unwrapped(model)).__name__.endswith("ForMaskedLM"):
+        raise RankfoldError("a masked language model is asked for hidden tokens: give `mask`, the id of its mask token")
+    device, rng = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     was_training, rows = model.training, []
     model.eval()
     try:
         for block in blocks:
             ids = block.to(device)[None]
-            with rankfold.using(model, None):
-                base = _log_probabilities(model, ids)
-            with rankfold.using(model, name):
-                adapted = _log_probabilities(model, ids)
+            at: slice | Tensor = slice(-1)
             labels = ids[0, 1:, None]
+            if mask is not None:
+                at = torch.randperm(len(block), generator=rng)[: max(1, round(_HIDDEN * len(block)))].to(device)
+                labels = ids[0, at, None]
+                ids = ids.index_fill(1, at, mask)
+            with rankfold.using(model, None):
+                base = _log_probabilities(model, ids, at)
+            with rankfold.using(model, name):
+                adapted = _log_probabilities(model, ids, at)
             rows.append(
                 [
                     float(-base.gather(-1, labels).sum()),
@@ -82,10 +99,10 @@ def forgetting(
     )
 
 
-def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
-    """Of the tokens at 1, 2, ... (L - 1, vocabulary), in float32 at least."""
+def _log_probabilities(model: Any, ids: Tensor, at: slice | Tensor) -> Tensor:
+    """What the model says at the places `at` (n, vocabulary), in float32 at least."""
     logits = getattr(model(input_ids=ids), "logits", ids)
     if logits.shape[:-1] != ids.shape:
-        raise RankfoldError(f"{type(model).__name__} is no causal language model: it gives no token a probability")
-    logits = logits[0, :-1]
+        raise RankfoldError(f"{type(model).__name__} is no language model: it gives no token a probability")
+    logits = logits[0, at]
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)

@@ -118,6 +118,7 @@ def audit(
     reference: nn.Module | None = None,
     others: Sequence[str] = (),
     blocks: Sequence[Tensor] | None = None,
+    mask: int | None = None,
     refusals: tuple[Refusals, Refusals] | None = None,
     k: int = 10,
     threshold: float = 0.5,
@@ -131,7 +132,8 @@ def audit(
         model: the base with the adapter on it; nothing is changed.
         reference: the same model tuned in full, or with another adapter merged into it, to compare every layer with.
         others: further adapters on the model, to whose changes this one's are compared.
-        blocks: token ids (L,) of text that has nothing to do with the task, for forgetting (causal language models).
+        blocks: token ids (L,) of text that has nothing to do with the task, for forgetting (language models).
+        mask: the id of the mask token, for a masked language model.
         refusals: how answers to the protected and the harmless probes compare (`rankfold.audit.safety.compare`).
         k: how many leading components are looked at for intruders. threshold: ε. cluster: see `intruders.match`.
         limit: where alarms begin.
@@ -162,7 +164,7 @@ def audit(
     for other in others:
         if not any(other in row.between for row in made.rows):
             made.missing[f"overlap with {other}"] = "it changes none of these weights"
-    _whole_model(made, model, name, blocks, refusals)
+    _whole_model(made, model, name, blocks, mask, refusals)
     made.alarms = alarms(made, limit or Limits())
     return made
 
@@ -172,6 +174,7 @@ def _whole_model(
     model: nn.Module,
     name: str,
     blocks: Sequence[Tensor] | None,
+    mask: int | None,
     refusals: tuple[Refusals, Refusals] | None,
 ) -> None:
     if blocks is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -186,7 +189,7 @@ def _whole_model(
             except RankfoldError as error:
                 made.missing[what] = str(error)
 
-        made.forgetting = measured("forgetting", lambda: forgetting(model, name, blocks))
+        made.forgetting = measured("forgetting", lambda: forgetting(model, name, blocks, mask=mask))
         made.norms = measured("norms", lambda: limits.norms(model, name, batch)) or []
         made.attention = measured("attention", lambda: entanglement.attention(model, name, blocks))
     if refusals is None:
