@@ -137,3 +137,27 @@ def test_statistics_are_asked_for_and_only_where_needed() -> None:
     with pytest.raises(RankfoldError, match="all inputs of 0 are zero"):
         rankfold.quantize(model, Scheme(), "gptq", targets=["0"], calibration=[torch.zeros(4, 16)])
     assert type(model[0]) is nn.Linear
+
+
+def test_groups_of_inputs_in_the_order_they_are_taken() -> None:
+    """An ordered scheme: in act_order each group is of inputs of like size, with scales that have seen all feedback."""
+    W, H = draw(12, 20, seed=8), correlated(20, seed=9)
+    sizes = (torch.arange(20, dtype=DOUBLE) % 5 + 0.2) ** 2
+    H = sizes[:, None] * H * sizes
+    scheme = Scheme(format="int3", group=4, ordered=True, scales="float32")
+    packed = GPTQ(act_order=True).rounded(W, H, scheme)
+    order = H.diagonal().argsort(descending=True)
+    assert packed.order is not None
+    assert torch.equal(packed.order.long(), order)
+    plain = scheme.model_copy(update={"ordered": False})
+    inner = GPTQ().rounded(W[:, order], H[order][:, order], plain)
+    found = dequantise(packed, (12, 20), scheme, DOUBLE)
+    assert torch.equal(found[:, order], dequantise(inner, (12, 20), plain, DOUBLE))
+    assert error(W, found, H) < error(W, dequantise(GPTQ().rounded(W, H, plain), (12, 20), plain, DOUBLE), H)
+    layer = PackedLinear.of(nn.Linear(20, 12), packed, scheme)
+    x = torch.randn(3, 20, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer(x), x @ layer.dequantise().mT + layer.bias)
+    torch.testing.assert_close(x.grad, layer.dequantise().sum(0).expand(3, -1))
+    with pytest.raises(RankfoldError, match="takes inputs as they stand"):
+        PackedLinear.of(nn.Linear(20, 12), RTN().quantise(W, scheme, None, ""), scheme)
