@@ -26,7 +26,7 @@ from torch import Tensor
 import rankfold
 from rankfold.cli._common import quiet_loading
 from rankfold.core.component import components
-from rankfold.core.packed import Format
+from rankfold.core.packed import Format, Scheme
 from rankfold.quantizers._quantizer import Compensation, Quantizer, quantize
 from rankfold.train.encode import token_blocks
 from rankfold.train.models import load_model
@@ -168,8 +168,11 @@ def tuned(model: Any, slug: str, batches: list[dict[str, Tensor]], steps: int) -
     model.eval()
 
 
+def registered(kind: type[Any]) -> list[str]:
+    return [one.slug for one in components() if issubclass(one, kind) and getattr(one, "takes", Scheme) is Scheme]
+
+
 def main() -> None:
-    known = {kind: [c.slug for c in components() if issubclass(c, kind)] for kind in (Quantizer, Compensation)}
     given = harness.arguments(
         __doc__ or "",
         models="small",
@@ -185,8 +188,8 @@ def main() -> None:
         steps=20,
     )
     quiet_loading()
-    hows = known[Quantizer] if given.how == "all" else given.how.split(",")
-    repairs = ["none", *known[Compensation]] if given.compensate == "all" else given.compensate.split(",")
+    hows = registered(Quantizer) if given.how == "all" else given.how.split(",")
+    repairs = ["none", *registered(Compensation)] if given.compensate == "all" else given.compensate.split(",")
     rows: list[dict[str, Any]] = []
     for name in given.models.split(","):
         subject = SUBJECTS[name](given.held_out)
@@ -207,7 +210,7 @@ def row(subject: Subject, scheme: Format, how: str, repair: str, tune: str, give
     """Means over the seeds, with the standard deviation of each measure where there are several."""
     rule = rankfold.build(how)
     mend = None if repair == "none" else rankfold.build(repair, rank=given.rank)
-    reads = bool(rule.needs() or rule.span[0] or (mend is not None and mend.needs()))
+    reads = bool(rule.needs() or rule.span[0] or (mend is not None and (mend.needs() or mend.distils)))
     seeds = [int(seed) for seed in given.seeds.split(",")][: None if reads or tune != "none" else 1]
     found: list[dict[str, float]] = []
     for seed in seeds:
@@ -216,16 +219,20 @@ def row(subject: Subject, scheme: Format, how: str, repair: str, tune: str, give
             tuned(model, tune, batches, given.steps)
             found.append(subject.measure(model))
             continue
-        started = time.perf_counter()
+        started, before = time.perf_counter(), time.process_time()
         report = quantize(
-            model, rankfold.Scheme(format=scheme, group=given.group), rule, compensate=mend,
+            model, Scheme(format=scheme, group=given.group), rule, compensate=mend,
             calibration=batches if reads else None,
         )  # fmt: skip
-        seconds = time.perf_counter() - started
+        seconds, used = time.perf_counter() - started, time.process_time() - before
         if tune != "none":
             rankfold.detach(model) if mend is not None else None
             tuned(model, tune, batches, given.steps)
-        one = {"bits": statistics.fmean(layer.bits for layer in report.values()), "seconds": seconds}
+        one = {
+            "bits": statistics.fmean(layer.bits for layer in report.values()),
+            "seconds": seconds,
+            "of all cores": used,
+        }
         one |= subject.measure(model)
         found.append({**one, "MB": size(model, subject.processor) / 1e6})
     means = {key: statistics.fmean(one[key] for one in found) for key in found[0]}

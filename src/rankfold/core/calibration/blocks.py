@@ -87,9 +87,13 @@ class Window:
         """All calls of a module within, as the window is now."""
         found: list[Seen] = []
         with self.at_rest():
-            for call in self.calls:
+            for i, call in enumerate(self.calls):
                 with _recorded([module]) as (calls,):
                     self.run(call)
+                if not all(bool(one.y.isfinite().all()) for one in calls):
+                    raise RankfoldError(
+                        f"what a {type(module).__name__} gives holds NaN or infinity in calibration batch {i}"
+                    )
                 found += calls
         return found
 
