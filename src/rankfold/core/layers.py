@@ -211,7 +211,7 @@ class AdaptedLinear(Adapted):
     def adapted(self, x: Tensor, delta: Delta) -> Tensor:
         if not delta.fused or x.is_nested or hasattr(self, "product_with"):
             return super().adapted(x, delta)
-        if delta.form == "transform" or self.exact_sum(delta):
+        if delta.form != "update" or self.exact_sum(delta):
             return delta.linear(x, delta.W, self.own_bias)
         y = self.base(x, delta)
         return y + delta.linear(x, None, None).to(y.dtype)
