@@ -52,6 +52,8 @@ def test_numbers_have_units_and_a_spread() -> None:
     assert "200k" in text
     assert re.search(r">40\d ms<small>± [\d.]+ ms</small>|>39\d ms<small>± [\d.]+ ms</small>", text)
     assert page(comparison(contender("lora", 1.4, seeds=1))).count("<small>±") == 0
+    assert "trained parameters: the same for all" in text
+    assert "least trained parameters: lora" in page(comparison(one, contender("dora", 1.9, cost=2.0)))
 
 
 @pytest.mark.usefixtures("words_only")

@@ -126,7 +126,9 @@ def _best(made: Comparison, ran: Sequence[Contender]) -> list[tuple[str, str, st
     found = [card(ran[0], _QUALITY, f"best {made.metric}")]
     for key in ("parameters", "memory", "step", "forgetting"):
         known = [contender for contender in ran if contender.summary(FIGURES[key]) is not None]
-        if known:
+        if len(known) > 1 and len(said := {_shown(contender, FIGURES[key]) for contender in known}) == 1:
+            found.append((said.pop(), f"{_COSTS[key] or key}: the same for all", ""))
+        elif known:
             least = min(known, key=lambda contender: _mean(contender, FIGURES[key])[0])
             found.append(card(least, FIGURES[key], f"least {_COSTS[key] or key}"))
     return found
