@@ -199,3 +199,25 @@ def test_codebooks_and_a_distilled_compensation(llama_dir: Path, text: Path, tmp
     model = rankfold.load_quantized(tmp_path / "lrec")
     assert model.get_submodule("model.layers.0.mlp.up_proj").scheme.double
     assert rankfold.load(model, tmp_path / "lrec" / "compensation").method.rank == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("slug", ["peqa", "l4q"])
+def test_what_ends_in_few_bits_is_merged_into_a_packed_model(slug: str, llama_dir: Path, tmp_path: Path) -> None:
+    base = llama_dir
+    if slug == "peqa":
+        base = tmp_path / "small"
+        assert run(["quantize", str(llama_dir), "--scheme", "int4", "--group", "16", "--output", str(base)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapter = rankfold.attach(model, rankfold.build(slug))
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=3e-3)
+    for _ in range(3):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    expected = model(IDS).logits
+    rankfold.save(model, tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    assert run(["merge", "--model", str(base), "--adapter", str(tmp_path / "adapter"), "--output", str(merged)]) == 0
+    again = rankfold.load_quantized(merged)
+    assert all(isinstance(again.get_submodule(site), PackedLinear) for site in adapter.deltas)
+    torch.testing.assert_close(again(IDS).logits, expected, rtol=0, atol=1e-5)
+    assert not list(merged.glob("*/adapter.safetensors"))

@@ -31,9 +31,13 @@ def merge(
     recipe: RecipeOption = None,
     despite: DespiteOption = None,
 ) -> None:
-    """Write an adapter into its base model and save the result as an ordinary Transformers model."""
+    """Write an adapter into its base model and save the result as an ordinary Transformers model.
+
+    What ends in few bits (PEQA on a packed base, L4Q) is saved packed, for rankfold.load_quantized or from_pretrained.
+    """
     import rankfold
     from rankfold.audit.record import check
+    from rankfold.core.packed import PackedLinear
     from rankfold.train.models import save_directory
 
     check_new(output)
@@ -42,5 +46,8 @@ def merge(
     name = load_adapter(loaded, adapter).name
     with stderr.status("merging and saving"):
         rankfold.merge(loaded.model, name)
-        save_directory(loaded.model, loaded.processor, output)
+        if any(isinstance(layer, PackedLinear) for layer in loaded.model.modules()):
+            rankfold.save_quantized(loaded.model, output, loaded.processor)
+        else:
+            save_directory(loaded.model, loaded.processor, output)
     say([f"merged model: {output}"])

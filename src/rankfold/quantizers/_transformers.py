@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import rankfold
 from rankfold.core.codebooks import CodebookLinear, Codebooks
 from rankfold.core.packed import PackedLinear, Scheme
+from rankfold.core.routing import find_state
 from rankfold.core.targets import submodule
 from rankfold.errors import RankfoldError
 from rankfold.quantizers._gptq_files import GPTQTensors, configuration, tensors
@@ -155,9 +156,9 @@ def save_quantized(
 ) -> Path:
     """Write a packed model of Transformers, with its tokenizer or image processor, whole or not at all.
 
-    Adapters that are on it (a compensation) are taken off, and saved within, in folders of their names. `format="gptq"`
-    writes the files of GPTQ's tools, which vLLM, GPTQModel and Transformers read. Raises RankfoldError where nothing is
-    packed, and UnsupportedError where the format has no place for a layer.
+    Adapters that are on it (a compensation) are taken off, and saved within, in folders of their names; those that are
+    merged stay. `format="gptq"` writes the files of GPTQ's tools, which vLLM, GPTQModel and Transformers read. Raises
+    RankfoldError where nothing is packed, and UnsupportedError where the format has no place for a layer.
     """
     from rankfold.train.models import save_directory
 
@@ -165,10 +166,10 @@ def save_quantized(
     hooks: list[Any] = []
 
     def before(work: Path) -> None:
-        for name in rankfold.adapters(model):
+        state = find_state(model)
+        for name in sorted(rankfold.adapters(model).keys() - (() if state is None else state.merged)):
             rankfold.save(model, work / name, name=name)
-        if rankfold.adapters(model):
-            rankfold.detach(model)
+            rankfold.detach(model, name)
         if format == "gptq":
             hooks.extend(_as_gptq(model))
 
