@@ -43,7 +43,7 @@ def published(file: dict[str, Tensor], path: str, bits: int, v2: bool = False) -
 
 
 def write_llama(folder: Path) -> Path:
-    tiny.llama(hidden_size=64, head_dim=32).save_pretrained(folder)
+    tiny.llama(hidden_size=64, head_dim=32, attention_bias=True).save_pretrained(folder)
     return folder
 
 
@@ -114,6 +114,8 @@ def foreign(folder: Path, bits: int, v2: bool, act_order: bool, dtype: torch.dty
             "g_idx": g_idx,
         }
         del file[f"{path}.weight"]
+        if layer.bias is not None:
+            file[f"{path}.bias"] = torch.randn(rows)
         file |= {f"{path}.{name}": value.int().contiguous() for name, value in held.items()}
         file[f"{path}.scales"] = s
         expected[path] = (s[g_idx].double() * (q - z[g_idx])).T
@@ -141,7 +143,9 @@ def test_what_others_write_is_read_packed(
         assert layer.weight.numel() == layer.in_features * layer.out_features * bits // 8
         assert torch.equal(layer.dequantise(torch.float64), W)
         x = torch.randn(3, layer.in_features)
-        torch.testing.assert_close(layer(x), x @ W.T.float())
+        bias = torch.zeros(1) if layer.bias is None else layer.bias.float()
+        assert bias.any() == ("self_attn" in path)
+        torch.testing.assert_close(layer(x), x @ W.T.float() + bias)
     adapter = rankfold.attach(model, rankfold.build("lora", rank=2))
     model(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in adapter.parameters())
