@@ -128,6 +128,25 @@ def test_the_layer_divides_its_inputs_and_stands_for_the_weight_as_it_was(tmp_pa
     torch.testing.assert_close(x.grad, layer.dequantise().sum(0).expand(5, -1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("slug", ["lora", "peqa"])
+def test_adapters_train_over_it_and_a_change_of_scales_leaves_it_packed(slug: str) -> None:
+    model, batches = layer_and_data()
+    model, x = model.float(), batches[0].float()
+    rankfold.quantize(model, Scheme(group=8), "awq", targets=["0"], calibration=[x])
+    adapter = rankfold.attach(model, rankfold.build(slug, **({"rank": 2} if slug == "lora" else {})), targets=["0"])
+    before = model(x).detach()
+    torch.testing.assert_close(before, x @ model[0].dequantise().mT + model[0].bias, rtol=1e-4, atol=1e-3)  # type: ignore[operator,union-attr]
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1e-3)
+    model(x).square().mean().backward()
+    optimizer.step()
+    after = model(x).detach()
+    assert not torch.equal(after, before)
+    if slug == "peqa":
+        rankfold.merge(model)
+        assert isinstance(model[0], PackedLinear)
+        torch.testing.assert_close(model(x).detach(), after, rtol=1e-4, atol=1e-3)
+
+
 def test_a_compensation_sees_the_weight_as_it_was() -> None:
     model, batches = layer_and_data()
     with torch.no_grad():
