@@ -199,7 +199,9 @@ def test_cancelled(place: Path, loaded: Loaded, folders: tuple[Path, Path]) -> N
     job.advance(30)
     job.cancel()
     assert job.status == "cancelled"
+    assert not job.ended  # its adapter is taken off in its next turn
     assert job.advance(30) == 0
+    assert job.ended
     assert find_state(loaded.model) is None
     assert not list(folders[0].iterdir())
     assert Job(recipe(place), loaded, BASE, *folders).status == "cancelled"  # also after a restart

@@ -107,7 +107,8 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        return self.status in ENDED
+        """Whether nothing of it is on the model any more, and no turn would be of use."""
+        return self.status in ENDED and not self._turns.alive
 
     @property
     def ready(self) -> bool:
@@ -130,7 +131,7 @@ class Job:
 
     def close(self) -> None:
         """Stop, to go on another time: after the optimiser step that is under way, from a checkpoint."""
-        if self._interrupt is not None and self.ready:
+        if self._interrupt is not None and self.ready and self.status not in ENDED:
             self._interrupt.signal = 15
             while not self._turns.done:
                 self._turns.give(MANY)
@@ -233,7 +234,7 @@ class Job:
 
     def _set(self, status: str, error: dict[str, Any] | None = None) -> None:
         with self._lock:
-            if self.ended:  # cancelled, while it was on its way to something else
+            if self.status in ENDED:  # cancelled, while it was on its way to something else
                 return
             self._state = {**self._state, "status": status, "error": error}
             if status in ENDED:

@@ -13,7 +13,7 @@ from rankfold.serve.windows import Windowed
 from rankfold.train.evaluate import Score, counted_labels
 from rankfold.train.trainer import AdapterTrainer
 
-BACKWARD = 2  # tokens that a token counts in the backward pass: its layers are computed, and gone back through
+BACKWARD = 3  # tokens that one counts on its way back: through its layers, which are computed again, and the head
 
 
 class WindowTrainer(AdapterTrainer):

@@ -53,7 +53,7 @@ class Turns:
     def stop(self) -> None:
         """Let the job give up at the place where it is."""
         self._stopping = True
-        if self._thread.ident is not None:
+        if self.alive:
             self._to_job.release()
             self._thread.join()
 
@@ -68,6 +68,11 @@ class Turns:
         finally:
             self._drawn = _drawn()
             _draw_on(outer)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the job has begun and is not through."""
+        return self._thread.ident is not None and not self.done
 
     # ---- the job's side
 
