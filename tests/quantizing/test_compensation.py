@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import rankfold
-from rankfold.core.packed import PackedLinear, Scheme
+from rankfold.core.packed import PackedLinear, Scheme, dequantise
 from rankfold.errors import RankfoldError
 from rankfold.quantizers._quantizer import whitened
 from rankfold.quantizers.eora import eigenspace
+from rankfold.quantizers.rtn import RTN
 from tests.methods.support import DOUBLE, close, draw
 
 
@@ -30,6 +31,15 @@ def test_the_error_is_what_the_singular_values_say() -> None:
         assert error == pytest.approx(float(sigma[m:].square().sum()), abs=1e-12)
         assert error < last
         last = error
+
+
+def test_factors_in_8_bits_lose_next_to_nothing() -> None:
+    """ZeroQuant-V2 keeps them so: here each row of B and of A with a scale of its own."""
+    E, kind = draw(64, 48, seed=3), Scheme(format="int8", group="channel", symmetric=True, scales="float32")
+    B, A = whitened(E, 8)
+    rounded = [dequantise(RTN().quantise(M, kind, None, ""), tuple(M.shape), kind, DOUBLE) for M in (B, A)]  # type: ignore[arg-type]
+    exact, kept = float((E - B @ A).norm()), float((E - rounded[0] @ rounded[1]).norm())
+    assert exact < kept < 1.001 * exact
 
 
 def test_eora_by_hand() -> None:

@@ -204,7 +204,8 @@ def load_quantized(folder: str | Path, auto: Any = AutoModelForCausalLM, **optio
     That is what `save_quantized` wrote, or the files of GPTQ's tools. Layers are read packed, one by one. Raises
     RankfoldError where it holds no such model.
     """
-    model = auto.from_pretrained(folder, **reading(folder), **options)
+    where = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
+    model = auto.from_pretrained(folder, **reading(folder, **where), **options)
     if not isinstance(getattr(model.config, "quantization_config", None), PackedConfig | Mapping):
         raise RankfoldError(f"{folder} holds no model that rankfold has quantised: from_pretrained loads it")
     return model
