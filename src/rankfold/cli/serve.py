@@ -44,10 +44,28 @@ def serve(
     ] = "1GB",
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests that run at once.")] = 64,
     max_waiting: Annotated[int, typer.Option("--max-waiting", min=1, help="Requests that may wait; then 429.")] = 256,
+    first_token: Annotated[
+        float | None,
+        typer.Option("--first-token", min=0.01, help="Seconds until a first token; who waits longer gets 429.  [none]"),
+    ] = None,
     max_body: Annotated[str, typer.Option("--max-body", metavar="SIZE", help="Largest request.")] = "1MB",
     max_prompt: Annotated[
         int | None, typer.Option("--max-prompt", min=1, help="Longest prompt, in tokens.  [default: the model's own]")
     ] = None,
+    finetune: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--finetune",
+            metavar="JOB.yaml",
+            help="Recipe of an adapter to train in the time that requests leave; more than once: one after the other.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        Path, typer.Option("--jobs", help="Folder where such jobs keep their state, to go on after a restart.")
+    ] = Path("runs/jobs"),
+    latency: Annotated[
+        float, typer.Option("--latency", min=0.001, help="Seconds that a step may take, a job's share included.")
+    ] = 0.25,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 2048,
     log: Annotated[
         Literal["text", "json", "none"],
@@ -77,16 +95,34 @@ def serve(
         if getattr(loaded.model.config, "is_encoder_decoder", False):
             raise UnsupportedError(f"--model: {model} is an encoder-decoder; causal language models can be served")
         served = loaded.model.to(processes().device)
-        limits = Limits(batch=max_batch, waiting=max_waiting)
+        limits = Limits(batch=max_batch, waiting=max_waiting, first_token=first_token, latency=latency)
         engine = Engine(served, adapters, max_memory=sizes[0], host_memory=sizes[1], limits=limits)
         called = name or Path(model).name.removesuffix(".gguf")
         settings = Settings(called, key, sizes[2], max_prompt, max_tokens)
         app = create_app(engine, loaded.processor, settings, _LOGS[log])
+        _train(engine, finetune or [], loaded, model, adapters, jobs)
         server = Server(app, lambda: _tell(where.getsockname(), settings, engine))
         with engine.start():
             server.run([where])
             if server.signal is not None:
                 raise typer.Exit(128 + server.signal)  # the engine does not wait for anybody, then
+
+
+def _train(engine: Any, recipes: list[Path], loaded: Any, model: str, adapters: Path | None, folder: Path) -> None:
+    """Give the engine its fine-tuning jobs."""
+    if not recipes:
+        return
+    if adapters is None:
+        raise RankfoldError("--finetune: say by --adapters where the finished adapters go")
+    if folder.resolve().is_relative_to(adapters.resolve()):
+        raise RankfoldError(f"--jobs: {folder} is within the folder of adapters; give another one")
+
+    from rankfold.serve.finetune import Job
+    from rankfold.train.recipe_file import read_recipe
+
+    for path in recipes:
+        recipe = read_recipe(path)
+        engine.train(Job(recipe, loaded, model, adapters, folder / recipe.name, engine.runner.attention))
 
 
 def _size(option: str, text: str) -> int:

@@ -21,6 +21,7 @@ from rankfold.serve.engine import Engine
 from rankfold.serve.errors import ApiError, as_api_error
 from rankfold.serve.forms import ChatForm, CompletionForm, Form
 from rankfold.serve.gate import NOTES, Gate, Log
+from rankfold.serve.jobs import add_jobs
 from rankfold.serve.library import UnknownAdapterError
 from rankfold.serve.metrics import Metrics
 from rankfold.serve.prompts import Prompts
@@ -88,6 +89,7 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings, log: Log | No
     _add_answers(app, _Desk(engine, tokenizer, metrics, settings))
     _add_models(app, engine, settings)
     _add_operation(app, engine, metrics)
+    add_jobs(app, engine)
     return app
 
 

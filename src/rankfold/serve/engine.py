@@ -256,14 +256,13 @@ class Engine:
                 self.library.wait(0.05)
             return waits
 
-    def train(self, job: "Job") -> None:
+    def train(self, job: "Job") -> "Future[None]":
         """Train a job beside the requests, in the time that they leave of each step (FlexLLM, arXiv 2402.18789)."""
-        self.between(lambda: self.jobs.append(job))
+        return self.between(lambda: self.jobs.append(job))
 
     def _train(self, rows: int) -> int:
         """Let the first job that can go on use what a step with so many rows leaves; returns the tokens it used."""
-        self.jobs = [job for job in self.jobs if not job.ended]
-        ready = next((job for job in self.jobs if job.ready), None)
+        ready = next((job for job in self.jobs if not job.ended and job.ready), None)
         room = self.slack.room(rows) if ready is not None else 0
         if ready is None or not room:
             return 0
@@ -284,7 +283,7 @@ class Engine:
                 busy = self.step()
             except Exception as error:  # nobody shall wait for ever
                 _log.exception("a step failed, and all requests with it")
-                busy = True
+                busy = False
                 with self._mutex:
                     gone = [*self._running, *self._waiting]
                     self._waiting.clear()
