@@ -214,3 +214,19 @@ def test_statistics_are_asked_for_by_the_one_who_needs_them() -> None:
         rankfold.quantize(model, Scheme(), compensate="eora")
     with pytest.raises(RankfoldError, match="'rtn' compensates nothing"):
         rankfold.quantize(model, Scheme(), compensate="rtn")
+
+
+def test_a_decoder_with_a_configuration_of_its_own_keeps_no_cache_meanwhile() -> None:
+    """T5's cross-attention would take its keys from the cache, and not call the layers that make them."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=32, decoder_start_token_id=0, **sizes)).eval()
+    ids = torch.randint(1, 32, (2, 8))
+    report = rankfold.quantize(
+        model, Scheme(group=8), "gptq", targets=["k", "v"], calibration=[{"input_ids": ids, "decoder_input_ids": ids}]
+    )
+    assert len(report) == 12
+    assert model.decoder.config.use_cache
+    assert model.config.use_cache

@@ -241,13 +241,13 @@ def _recorded(modules: Sequence[nn.Module]) -> Iterator[list[list[Seen]]]:
 @contextmanager
 def _at_rest(model: Any) -> Iterator[None]:
     """In eval mode, and without a cache of keys and values, which a second run of a block would make longer."""
-    config: Any = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", False)
+    # A decoder has its own copy of an encoder-decoder's configuration.
+    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
     with torch.no_grad(), at_rest(model):
-        if cached:
+        for config in configs.values():
             config.use_cache = False
         try:
             yield
         finally:
-            if cached:
-                config.use_cache = cached
+            for config in configs.values():
+                config.use_cache = True
