@@ -83,8 +83,10 @@ def served(
         thread = threading.Thread(target=server.run, args=([where],))
         thread.start()
         assert ready.wait(20)
+        running = Served(engine, f"http://127.0.0.1:{where.getsockname()[1]}", logged, key)
         try:
-            yield Served(engine, f"http://127.0.0.1:{where.getsockname()[1]}", logged, key)
+            yield running
         finally:
             server.should_exit = True
             thread.join()
+            running.http.close()

@@ -237,7 +237,7 @@ def test_a_broken_adapter_fails_its_own_requests(folder: Path, tmp_path: Path, s
         failed = server.post("/v1/load_lora_adapter", {"lora_name": "cut"})
         assert failed.status_code == 422
         assert str(tmp_path) not in failed.text
-        assert free(server)
+        assert soon(lambda: free(server))
         assert server.get("/health").status_code == 200
 
 
@@ -304,6 +304,17 @@ def test_too_many_are_told_when_to_come_again(folder: Path) -> None:
         assert server.post("/v1/completions", several).status_code == 429  # and none of the four is left behind
         assert soon(lambda: free(server))
         assert server.client(max_retries=5).completions.create(**ASKED).choices
+
+
+def test_who_would_wait_too_long_is_told_so(folder: Path) -> None:
+    with served(folder, limits=Limits(batch=1, first_token=0.2)) as server, begin(server, LONG) as connection:
+        assert soon(lambda: server.engine.stats()["running"] == 1)
+        for stream in (False, True):
+            answer = server.post("/v1/completions", ASKED | {"model": "lora4", "stream": stream})
+            assert answer.status_code == 429
+            assert "retry-after" in answer.headers
+        connection.close()
+        assert soon(lambda: free(server))
 
 
 def test_others_are_answered_while_one_streams(folder: Path) -> None:

@@ -11,7 +11,7 @@ from rankfold.errors import RankfoldError
 from rankfold.serve.engine import Engine
 from rankfold.serve.errors import ApiError
 from rankfold.serve.library import UnknownAdapterError
-from rankfold.serve.request import Request
+from rankfold.serve.request import OverloadedError, Request
 from rankfold.serve.text import Decoder, Stops
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class _Choice:
     def end(self) -> Part:
         """The last part. Raises what went wrong, if something did."""
         error = self.request.error
-        if isinstance(error, RankfoldError) and not isinstance(error, UnknownAdapterError):
+        if isinstance(error, RankfoldError) and not isinstance(error, UnknownAdapterError | OverloadedError):
             name = self.request.adapter
             if name is None:
                 raise ApiError(500, f"the model failed: {error}")

@@ -46,12 +46,9 @@ class Sampling:
         return generator
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token for logits (V,). Raises RankfoldError where they say nothing, as of an adapter that overflows."""
-        highest, likeliest = logits.max(0)
-        if not bool(highest.isfinite()):
-            raise RankfoldError("the logits are not finite")
+        """A token for logits (V,)."""
         if self.temperature == 0:
-            return int(likeliest)
+            return int(logits.argmax())
         p = torch.softmax(logits.float().cpu() / self.temperature, 0)
         if self.top_p < 1:
             p, order = p.sort(descending=True, stable=True)
@@ -152,8 +149,8 @@ class Request:
 
     def take(self, logits: Tensor) -> None:
         """The next token from its logits (V,); ends the request where that is the last one. Raises for NaN."""
-        if bool(logits.isnan().any()):
-            raise RankfoldError("the logits hold NaN: the model, or its adapter, overflows on this text")
+        if not bool(logits.max().isfinite()):
+            raise RankfoldError("the logits hold NaN or infinity: the model, or its adapter, overflows on this text")
         token = self.sampling.choose(logits, self._generator)
         if self.first_token is None:
             self.first_token = time.monotonic()
