@@ -17,6 +17,7 @@ _PUBLIC = {
     "rankfold.core.attach": ("attach",),
     "rankfold.core.calibration": ("Calibration", "calibrate"),
     "rankfold.core.checkpoint": ("load", "save"),
+    "rankfold.core.codebooks": ("Codebooks",),
     "rankfold.core.component": ("build",),
     "rankfold.core.control": ("adapters", "detach", "rename", "set_active", "using"),
     "rankfold.core.convert": ("as_lora",),
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from rankfold.core.attach import attach
     from rankfold.core.calibration import Calibration, calibrate
     from rankfold.core.checkpoint import load, save
+    from rankfold.core.codebooks import Codebooks
     from rankfold.core.component import build
     from rankfold.core.control import adapters, detach, rename, set_active, using
     from rankfold.core.convert import as_lora
