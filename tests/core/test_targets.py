@@ -60,6 +60,12 @@ def test_a_suffix_begins_at_a_dot() -> None:
         names(["proj"])
 
 
+def test_a_name_that_should_be_in_a_list_is_told() -> None:
+    """A text is a pattern of whole paths."""
+    with pytest.raises(rankfold.RankfoldError, match=r"by the name of a layer it is a list: \[q_proj\]"):
+        names("q_proj")
+
+
 @pytest.mark.parametrize("targets", [["w_proj"], "w_proj", lambda path, module: False])
 def test_no_match_lists_what_there_is(targets: object) -> None:
     with pytest.raises(rankfold.RankfoldError, match=r"embed, k_proj, lm_head, norm, q_proj, up") as error:

@@ -56,6 +56,7 @@ def find(model: nn.Module, targets: Targets) -> list[Target]:
     if not chosen:
         leaves = sorted({name.rsplit(".", 1)[-1] for name, (_, mixin) in everything.items() if name and mixin})
         what = f"; it matches only {', '.join(unsupported[:5])}, which no delta can sit on" if unsupported else ""
+        what += f"; by the name of a layer it is a list: [{targets}]" if targets in leaves else ""
         raise RankfoldError(
             f"targets={targets!r} matches no layer of {type(model).__name__} that can be adapted{what}. "
             f"There are layers called {', '.join(leaves) or 'nothing that can be adapted'}; words: {', '.join(WORDS)}"
