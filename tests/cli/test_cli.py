@@ -53,7 +53,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     "command",
     [
         *("train", "eval", "generate", "inspect", "merge", "squeeze", "compress", "combine", "lorahub", "similar"),
-        *("transfer", "train-generator", "generate-adapter", "quantize", "audit", "soften", "compare"),
+        *("transfer", "train-generator", "generate-adapter", "quantize", "serve", "audit", "soften", "compare"),
         *("export", "import", "methods", "skills"),
     ],
 )
