@@ -14,7 +14,7 @@ from rankfold.train.models import model_source
 from rankfold.train.recipe_file import validate
 from tests import assets
 
-SHORT = ["budget.epochs=null", "evaluate.steps=99", "checkpoint.steps=99", "batch.size=4", "optimizer.lr=1e-3"]
+SHORT = ["budget.epochs=null", "evaluate.steps=99", "checkpoint.steps=99", "batch.size=2", "optimizer.lr=1e-3"]
 
 
 def cut(folder: Path, layers: int) -> Path:
@@ -27,7 +27,6 @@ def cut(folder: Path, layers: int) -> Path:
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = i
     model.config.num_hidden_layers = layers
-    model.config.layer_types = model.config.layer_types[:layers]
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(assets.smollm2()).save_pretrained(folder)
     return folder
@@ -74,17 +73,17 @@ def test_between_two_real_models(way: str, tmp_path: Path) -> None:
         },
         "method": {"name": "lora", "rank": 8},
         "targets": ["q_proj", "v_proj"],
-        "budget": {"steps": 10},
-        "batch": {"size": 4},
+        "budget": {"steps": 8},
+        "batch": {"size": 2},
         "evaluate": {"steps": 99},
         "checkpoint": {"steps": 99},
         "samples": {"count": 0},
     }
     recipe = validate(values)
     train(recipe, tmp_path / "run")
-    kit = prepare(recipe, tmp_path / "kit", name="GSM8K", changes=["budget.steps=10", *SHORT], size=8)
+    kit = prepare(recipe, tmp_path / "kit", name="GSM8K", changes=["budget.steps=8", *SHORT], size=8)
     data.unlink()
-    changes = ["budget.steps=10", *SHORT]
+    changes = ["budget.steps=8", *SHORT]
     options: dict[str, Any] = {"generator": str(whole), "count": 12, "max_new_tokens": 64, "size": 8}
     transfer(tmp_path / "run" / "adapter", kit, str(target), tmp_path / "out", changes=changes, **options)
     made = json.loads((tmp_path / "out" / "synthetic.json").read_text())
