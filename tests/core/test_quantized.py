@@ -26,7 +26,8 @@ def floats(layer: nn.Module) -> Tensor:
 
     weight = layer.weight
     if isinstance(layer, PackedLinear):
-        q = torch.stack([weight & 15, weight >> 4], -1).flatten(1)[:, : layer.in_features].long()
+        codes = weight.view(torch.uint8)
+        q = torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, : layer.in_features].long()
         scales, zeros = (
             None if t is None else t.float().repeat_interleave(32, 1)[:, : layer.in_features]
             for t in (layer.scales, layer.zeros)

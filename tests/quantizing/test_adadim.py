@@ -133,7 +133,7 @@ def test_gptq_rounds_in_the_direction_that_rounding_to_nearest_chose() -> None:
     rankfold.quantize(model, scheme, rankfold.build("adadim", rounding="gptq"), calibration=batches)
     layer: Any = model.layers[0].gate
     rule = rankfold.build("gptq", act_order=True, static_groups=layer.scheme.along == "in")
-    assert torch.equal(layer.weight, rule.rounded(W, H, layer.scheme).codes)
+    assert torch.equal(layer.packed.codes, rule.rounded(W, H, layer.scheme).codes)
 
 
 def test_the_data_itself_is_needed_and_an_error_leaves_the_weights() -> None:

@@ -293,3 +293,17 @@ def test_what_cannot_be_packed_is_refused_and_the_model_stays() -> None:
 def test_shapes_can_be_had_without_numbers() -> None:
     _, layer = layer_of(Scheme())
     assert layer.to("meta")(torch.empty(2, 24, device="meta")).shape == (2, 10)
+
+
+def test_a_model_that_casts_inputs_to_the_type_of_a_weight_gets_what_it_should():
+    """T5 does so, unless the weight is int8."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    ids = torch.randint(1, 60, (2, 7))
+    with torch.no_grad():
+        exact = model(input_ids=ids, decoder_input_ids=ids[:, :5]).logits
+        quantize(model, Scheme(format="int8"))
+        packed = model(input_ids=ids, decoder_input_ids=ids[:, :5]).logits
+    assert float((packed - exact).norm() / exact.norm()) < 0.02

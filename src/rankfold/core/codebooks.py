@@ -82,7 +82,7 @@ class CodebookLinear(nn.Linear):
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.scheme, self.dtype = in_features, out_features, scheme, dtype
-        codes = torch.empty(out_features, scheme.bytes(in_features), dtype=torch.uint8, device=device)
+        codes = torch.empty(out_features, scheme.bytes(in_features), dtype=torch.int8, device=device)
         books = torch.empty(scheme.books, 2**scheme.bits, scheme.width, dtype=torch.float16, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.books = nn.Parameter(books, requires_grad=False)
@@ -95,14 +95,15 @@ class CodebookLinear(nn.Linear):
         """The layer with codes (out, runs, M) in place of its weight; the bias is the same parameter."""
         made = cls(layer.in_features, layer.out_features, scheme, False, layer.weight.dtype, layer.weight.device)
         with torch.no_grad():
-            for name, tensor in (("weight", pack(codes, scheme)), ("books", books), ("scales", scales)):
-                getattr(made, name).copy_(tensor)
+            made.weight.copy_(pack(codes, scheme).view(torch.int8))
+            made.books.copy_(books)
+            made.scales.copy_(scales)
         made.bias = layer.bias
         return made.train(layer.training)
 
     def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
         """Ŵ (out, in), in the dtype of the weight that was packed."""
-        codes, dtype = unpack(self.weight, self.in_features, self.scheme), dtype or self.dtype
+        codes, dtype = unpack(self.weight.view(torch.uint8), self.in_features, self.scheme), dtype or self.dtype
         return decode(codes, self.books.to(dtype), self.scales.to(dtype), self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -195,8 +195,8 @@ class Delta(nn.Module):
 
         Gradients pass through the rounding as if it were not there.
         """
-        new = self.scales(self.layer.packed.scales.to(self.site.dtype))
-        return as_kept(new, self.layer.scales.dtype)
+        layer: Any = self.layer
+        return as_kept(self.scales(layer.packed.scales.to(self.site.dtype)), layer.scales.dtype)
 
     @property
     def b(self) -> Tensor | None:

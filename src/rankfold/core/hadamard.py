@@ -17,7 +17,7 @@ def rotate(X: Tensor, back: bool = False) -> Tensor:
     for i, (size, plain) in enumerate(_factors(X.shape[-1])):
         if not plain:
             H = matrix(size).to(X)
-            Y = torch.tensordot(Y, H.mT if back else H, ([lead + i], [0])).movedim(-1, lead + i)
+            Y = (Y.movedim(lead + i, -1) @ (H.mT if back else H)).movedim(-1, lead + i)
     return Y.reshape(X.shape)
 
 

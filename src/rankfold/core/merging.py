@@ -111,7 +111,8 @@ def _merged_tensors(
         return new[path] if path in new else _original(state, path)
 
     for delta in adapter.deltas.values():
-        site, layer = delta.site, delta.layer
+        site = delta.site
+        layer: Any = delta.layer
         path = site.name if site.kind == "experts" else f"{site.name}.{site.parameter}"
         if delta.form == "scales":
             path = f"{site.name}.scales"

@@ -19,7 +19,7 @@ Iterations = Annotated[int | None, Field(ge=0, description="power iterations of 
 
 
 BASES = ("float", "packed", "foreign")
-OTHER_BASES = {
+OTHER_BASES: dict[tuple[str, ...], str] = {
     ("packed",): "it changes the scales of a packed linear layer, and this is none: make a packed base first, with "
     "`rankfold quantize` or rankfold.quantize(model, Scheme(...))",
     ("float",): "it rounds the float weight itself, and this one is quantised: load the base in float",

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -145,7 +146,7 @@ def pack(q: Tensor, scheme: Scheme) -> Tensor:
 
 def unpack(data: Tensor, n: int, scheme: Scheme) -> Tensor:
     """The codes (rows, n), uint8, that were packed."""
-    bits = BITS[scheme.format]
+    bits, data = BITS[scheme.format], data.view(torch.uint8)
     if bits == 8:
         q = data
     elif scheme.format == "ternary":
@@ -224,7 +225,7 @@ def decode(q: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme, dtyp
     return values * spread(scales.to(dtype), n, scheme)
 
 
-def dequantise(packed: Packed, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> Tensor:
+def dequantise(packed: Packed, shape: Sequence[int], scheme: Scheme, dtype: torch.dtype) -> Tensor:
     """Ŵ (out, in). Decoded a tile of rows after the other, so that what lies between is small."""
     rows, n, _, _ = scheme.layout(*shape)
     if (compiled := _compiled(packed, dtype)) is not None:
@@ -233,7 +234,7 @@ def dequantise(packed: Packed, shape: tuple[int, int], scheme: Scheme, dtype: to
         every: list[Any] = [t if t is None else t.expand(rows, -1) for t in packed[:3]]
         step = max(1, _TILE // n)
         tiles = [[t if t is None else t[a : a + step] for t in every] for a in range(0, rows, step)]
-        W = rows_of(torch.cat([decode(unpack(q, n, scheme), s, z, scheme, dtype) for q, s, z in tiles]), scheme)
+        W = rows_of(torch.cat([decode(unpack(q, n, scheme), s, z, scheme, dtype) for q, s, z in tiles]), scheme)  # type: ignore[arg-type]
     W = W if packed.order is None else W[:, packed.order.argsort()]
     return W if packed.balance is None else W / packed.balance.to(dtype)
 
@@ -343,7 +344,8 @@ class PackedLinear(nn.Linear):
         self.in_features, self.out_features, self.scheme, self.dtype = in_features, out_features, scheme, dtype
         rows, _, groups, size = scheme.layout(out_features, in_features)
         per = (1 if scheme.group == "tensor" else rows, groups)
-        codes = torch.empty(rows, size, dtype=torch.uint8, device=device)
+        # T5 casts a layer's inputs to the type of its weight, unless that is int8.
+        codes = torch.empty(rows, size, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
         kept = torch.uint8 if scheme.double else getattr(torch, scheme.scales)
         self.scales = nn.Parameter(torch.empty(per, dtype=kept, device=device), requires_grad=False)
@@ -368,7 +370,7 @@ class PackedLinear(nn.Linear):
             raise RankfoldError("this quantiser takes inputs as they are: only awq's and cbq's schemes are balanced")
         scales, made.blocks = halve(packed.scales) if scheme.double else (packed.scales, None)
         made.order, made.balance = packed.order, packed.balance
-        for name, tensor in (("weight", packed.codes), ("scales", scales)):
+        for name, tensor in (("weight", packed.codes.view(torch.int8)), ("scales", scales)):
             if tensor.shape != getattr(made, name).shape or tensor.dtype != getattr(made, name).dtype:
                 raise RankfoldError(f"{name} of {tuple(tensor.shape)} are not those of {scheme} for {layer}")
             setattr(made, name, nn.Parameter(tensor, requires_grad=False))
@@ -378,7 +380,7 @@ class PackedLinear(nn.Linear):
     @property
     def packed(self) -> Packed:
         scales = self.scales if self.blocks is None else whole(self.scales, self.blocks)
-        return Packed(self.weight, scales, self.zeros, self.order, self.balance)
+        return Packed(self.weight.view(torch.uint8), scales, self.zeros, self.order, self.balance)
 
     def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
         """Ŵ (out, in), in the dtype of the weight that was packed."""
@@ -393,7 +395,7 @@ class PackedLinear(nn.Linear):
         x = x if self.balance is None else x / self.balance.to(x.dtype)
         x = rounded(x, self.scheme.activations)
         x = x if self.order is None else x[..., self.order]
-        y: Any = _Multiply.apply(x, self.weight, scales, self.zeros, shape, self.scheme)
+        y: Any = _Multiply.apply(x, self.weight.view(torch.uint8), scales, self.zeros, shape, self.scheme)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

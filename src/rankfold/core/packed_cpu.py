@@ -126,7 +126,7 @@ def rows(packed: Packed, n: int, scheme: Scheme, x: Tensor | None = None) -> Ten
         zeros.numpy(),
         np.float32(0 if scheme.table is not None else scheme.offset),
         int(BITS[scheme.format]),
-        _table(scheme),
+        _table(scheme),  # type: ignore[arg-type]  # it is hashable
         scheme.group if isinstance(scheme.group, int) else n,
         (torch.empty(0, n) if x is None else x.detach().contiguous()).numpy(),
         out.numpy(),

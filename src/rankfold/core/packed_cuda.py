@@ -2,15 +2,14 @@
 
 import functools
 import importlib
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankfold.core.packed import Packed, Scheme
 
-triton: Any = importlib.import_module("triton")
-tl: Any = importlib.import_module("triton.language")
+triton = importlib.import_module("triton")
+tl = importlib.import_module("triton.language")
 
 
 @triton.jit

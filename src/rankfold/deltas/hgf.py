@@ -61,7 +61,7 @@ class HGFDelta(Delta):
         self.scheme = Scheme(format="ternary", group="tensor", scales="float32", activations=method.activations)
         self.gate_init, self.gate_fn = method.gate_init, method.gate_fn
         if method.activations is not None:
-            self.form = "function"  # of x, and no matrix
+            self.form = "function"  # type: ignore[misc]  # of x, and no matrix
         self.B, self.A = site.parameter_like(site.out, method.rank), site.parameter_like(method.rank, site.in_)
         self.g = site.parameter_like(1)
         self.D = site.parameter_like(site.out, site.in_) if method.latent else None

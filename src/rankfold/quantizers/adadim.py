@@ -56,7 +56,7 @@ class AdaDim(Quantizer):
             for along in ("in", "out"):
                 tried = scheme.model_copy(update={"along": along})
                 packed = RTN().quantise(W, tried, None, path)
-                with window.at_rest(), standing({layer: dequantise(packed, tuple(W.shape), tried, W.dtype)}):
+                with window.at_rest(), standing({layer: dequantise(packed, W.shape, tried, W.dtype)}):
                     found.append((distance(module, calls[module]), packed, tried))
             _, packed, chosen = min(found, key=lambda one: one[0])
             if self.rounding != "rtn":

@@ -50,7 +50,7 @@ class AWQ(Quantizer):
         for alpha in torch.linspace(0, 1, self.grid).tolist():
             t = sizes.clamp(min=1e-4) ** alpha
             t = (t / (t.max() * t.min()).sqrt()).float().to(W)  # as it is kept
-            E = W - dequantise(nearest(W * t, scheme), tuple(W.shape), scheme, W.dtype) / t
+            E = W - dequantise(nearest(W * t, scheme), W.shape, scheme, W.dtype) / t
             found.append((float((E @ C * E).sum()), t))
         _, t = min(found, key=lambda one: one[0])
         packed = self.clipped(W * t, C / (t * t[:, None]), scheme)
@@ -67,7 +67,7 @@ class AWQ(Quantizer):
         own = C * (group == group[:, None])
 
         def error(shrink: Tensor) -> Tensor:
-            return W - dequantise(nearest(W, scheme, shrink), tuple(W.shape), scheme, W.dtype)
+            return W - dequantise(nearest(W, scheme, shrink), W.shape, scheme, W.dtype)
 
         errors = [totals(rows_of(E @ own * E, scheme), scheme) for E in (error(whole * ratio) for ratio in ratios)]
         best = W.new_tensor(ratios)[torch.stack(errors).argmin(0)]

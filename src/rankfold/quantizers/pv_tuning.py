@@ -106,7 +106,7 @@ class Held:
 
     def __init__(self, layer: CodebookLinear, rule: PVTuning):
         self.layer, self.rule = layer, rule
-        self.codes = unpack(layer.weight, layer.in_features, layer.scheme)
+        self.codes = unpack(layer.weight.view(torch.uint8), layer.in_features, layer.scheme)
         self.books = nn.Parameter(layer.books.detach().float())
         self.scales = nn.Parameter(layer.scales.detach().float())
         with torch.no_grad():

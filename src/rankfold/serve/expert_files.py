@@ -203,10 +203,12 @@ class ExpertFile:
         layer, at, scheme = self.layers[key[0]], f"{key[0]}.{key[1]}", self.layers[key[0]].schemes[key[1]]
         parts = {name: {part: f"{at}.{name}.{part}" for part in _parts(scheme)} for name in layer.shapes}
         tensors = self._file.some(self._handle, [where for one in parts.values() for where in one.values()])
-        return {
-            name: Packed(**{"zeros": None} | {part: tensors[where].to(device) for part, where in one.items()})
-            for name, one in parts.items()
-        }
+
+        def packed(one: dict[str, str]) -> Packed:
+            own: dict[str, Any] = {part: tensors[where].to(device) for part, where in one.items()}
+            return Packed(**{"zeros": None, **own})
+
+        return {name: packed(one) for name, one in parts.items()}
 
     def close(self) -> None:
         self._handle.close()

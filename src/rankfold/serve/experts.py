@@ -74,7 +74,7 @@ class PagedExperts:
         self._fresh: set[Expert] = set()  # of these, what had to be read
         self._using: Expert | None = None
         self._hooks: list[Any] = []
-        root = unwrapped(model)
+        root: Any = unwrapped(model)
         modules = [self._place(root, layer) for layer in self.file.layers]
         self._device = next(p.device for p in root.parameters() if not p.is_meta)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="experts")
@@ -99,7 +99,7 @@ class PagedExperts:
     # ---- in the model
 
     def _place(self, root: nn.Module, layer: ExpertLayer) -> Any:
-        module = submodule(root, layer.path)
+        module: Any = submodule(root, layer.path)
         fits = module is not None and not isinstance(module, Adapted) and hasattr(module, "num_experts")
         if not fits or (count(module), isinstance(module, nn.ModuleDict)) != (len(layer.schemes), not layer.fused):
             self.file.close()

@@ -82,9 +82,11 @@ def save_paged(
         raise RankfoldError("the model is quantised already: take the one with float weights")
     model.config.quantization_config = PagedConfig()
     try:
-        save_directory(
-            model, processor, Path(folder), rest, before=lambda work: pack_experts(model, work / FILE, widths, scheme)
-        )
+
+        def experts(work: Path) -> None:
+            pack_experts(model, work / FILE, widths, scheme)
+
+        save_directory(model, processor, Path(folder), rest, before=experts)
     finally:
         del model.config.quantization_config
     return Path(folder)

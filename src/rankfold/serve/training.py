@@ -47,7 +47,8 @@ class WindowTrainer(AdapterTrainer):
     def measure(self, adapted: bool = True) -> Score:
         self.adapter.train(False)
         loss, count = 0.0, 0
-        for row in self.eval_dataset:  # type: ignore[union-attr]
+        rows: Any = self.eval_dataset
+        for row in rows:
             ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
             run = Windowed(self.stack, ids, labels, count=1.0, seed=0)
             while run.done < run.length:

@@ -123,6 +123,7 @@ class Windowed:
                 loss = self._loss(out.logits, start, stop)
                 loss.backward()
                 self.loss += float(loss.detach())
+                assert top.grad is not None
                 dy = top.grad
             del out
             for i in reversed(range(0 if stem[0].requires_grad else self._lowest(), len(stack.layers))):

@@ -242,7 +242,8 @@ def _recorded(modules: Sequence[nn.Module]) -> Iterator[list[list[Seen]]]:
 def _at_rest(model: Any) -> Iterator[None]:
     """In eval mode, and without a cache of keys and values, which a second run of a block would make longer."""
     # A decoder has its own copy of an encoder-decoder's configuration.
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if getattr(config, "use_cache", False)}
     with torch.no_grad(), at_rest(model):
         for config in configs.values():
             config.use_cache = False
