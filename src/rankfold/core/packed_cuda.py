@@ -1,5 +1,7 @@
 """Products of few tokens with codes of 4 bits on CUDA, in one Triton kernel: no Ŵ is written."""
 
+# pyright: reportInvalidTypeForm=false
+
 import functools
 import importlib
 

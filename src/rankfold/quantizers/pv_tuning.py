@@ -190,5 +190,6 @@ def _means(vectors: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
     if len(vectors) <= k:
         table = nn.functional.pad(vectors, (0, 0, 0, k - len(vectors)))
         return torch.arange(len(vectors)), table
-    found = KMeans(k, n_init=1, max_iter=30, random_state=seed).fit(vectors.cpu().double().numpy())
+    kmeans = KMeans(k, n_init=1, max_iter=30, random_state=seed)  # type: ignore[arg-type]
+    found = kmeans.fit(vectors.cpu().double().numpy())
     return torch.from_numpy(found.labels_).long(), torch.from_numpy(found.cluster_centers_).to(vectors)

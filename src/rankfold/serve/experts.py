@@ -101,7 +101,8 @@ class PagedExperts:
     def _place(self, root: nn.Module, layer: ExpertLayer) -> Any:
         module: Any = submodule(root, layer.path)
         fits = module is not None and not isinstance(module, Adapted) and hasattr(module, "num_experts")
-        if not fits or (count(module), isinstance(module, nn.ModuleDict)) != (len(layer.schemes), not layer.fused):
+        found = (count(module), isinstance(module, nn.ModuleDict)) if fits else None  # type: ignore[arg-type]
+        if found != (len(layer.schemes), not layer.fused):
             self.file.close()
             raise AdapterFileError(
                 f"{self.file.what} holds {len(layer.schemes)} experts of {layer.path}, and {type(root).__name__} has "
