@@ -289,8 +289,10 @@ def test_who_leaves_within_a_body(folder: Path) -> None:
 
 def test_too_many_are_told_when_to_come_again(folder: Path) -> None:
     with served(folder, limits=Limits(batch=1, waiting=2)) as server:
-        held = [begin(server, LONG) for _ in range(3)]
-        assert soon(lambda: server.engine.stats()["running"] == 1 and server.engine.stats()["waiting"] == 2)
+        held = [begin(server, LONG)]
+        assert soon(lambda: server.engine.stats()["running"] == 1)
+        held += [begin(server, LONG) for _ in range(2)]
+        assert soon(lambda: server.engine.stats()["waiting"] == 2)
         answer = server.post("/v1/completions", ASKED)
         assert answer.status_code == 429
         assert 1 <= int(answer.headers["retry-after"]) <= 60
