@@ -244,6 +244,11 @@ def test_a_broken_adapter_fails_its_own_requests(folder: Path, tmp_path: Path, s
 # ---- leaving, and too many
 
 
+def slowly(server: Served) -> None:
+    """Let every step take a while, so that a long request is not over before others come."""
+    server.engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+
+
 def begin(server: Served, body: dict[str, Any]) -> socket.socket:
     """A request on a connection of its own; who reads it is up to the caller."""
     host, port = server.url.removeprefix("http://").split(":")
@@ -257,6 +262,7 @@ def begin(server: Served, body: dict[str, Any]) -> socket.socket:
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_frees_its_pages(folder: Path, stream: bool) -> None:
     with served(folder) as server:
+        slowly(server)
         left = [begin(server, LONG | {"stream": stream, "model": name}) for name in (BASE, "lora4", "dora")]
         assert soon(lambda: server.engine.stats()["running"] == 3)
         if stream:
@@ -270,6 +276,7 @@ def test_who_leaves_frees_its_pages(folder: Path, stream: bool) -> None:
 
 def test_who_leaves_while_waiting_is_not_answered(folder: Path) -> None:
     with served(folder, limits=Limits(batch=1)) as server:
+        slowly(server)
         first, second = begin(server, LONG), begin(server, LONG)
         assert soon(lambda: server.engine.stats()["waiting"] == 1)
         second.close()
@@ -289,6 +296,7 @@ def test_who_leaves_within_a_body(folder: Path) -> None:
 
 def test_too_many_are_told_when_to_come_again(folder: Path) -> None:
     with served(folder, limits=Limits(batch=1, waiting=2)) as server:
+        slowly(server)
         held = [begin(server, LONG)]
         assert soon(lambda: server.engine.stats()["running"] == 1)
         held += [begin(server, LONG) for _ in range(2)]
@@ -309,13 +317,14 @@ def test_too_many_are_told_when_to_come_again(folder: Path) -> None:
 
 
 def test_who_would_wait_too_long_is_told_so(folder: Path) -> None:
-    with served(folder, limits=Limits(batch=1, first_token=0.2)) as server, begin(server, LONG) as connection:
-        assert soon(lambda: server.engine.stats()["running"] == 1)
-        for stream in (False, True):
-            answer = server.post("/v1/completions", ASKED | {"model": "lora4", "stream": stream})
-            assert answer.status_code == 429
-            assert "retry-after" in answer.headers
-        connection.close()
+    with served(folder, limits=Limits(batch=1, first_token=0.2)) as server:
+        slowly(server)
+        with begin(server, LONG):
+            assert soon(lambda: server.engine.stats()["running"] == 1)
+            for stream in (False, True):
+                answer = server.post("/v1/completions", ASKED | {"model": "lora4", "stream": stream})
+                assert answer.status_code == 429
+                assert "retry-after" in answer.headers
         assert soon(lambda: free(server))
 
 
