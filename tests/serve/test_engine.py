@@ -132,6 +132,21 @@ def test_adapters_take_turns_in_a_pool_that_holds_few(model: Any, library: Path,
         assert engine.library.counts["evicted"] > 0
 
 
+def test_a_prompt_is_read_once_for_all_that_share_it(model: Any, library: Path):
+    text = prompts(7, 1, 30)[0] + [5] * 20
+    with Engine(model, library, block=4) as engine:
+        first = [engine.submit(text, "lora4", 8, temperature=2.0, seed=seed).result() for seed in range(3)]
+        assert len(set(map(tuple, first))) == 3
+        rows = engine.counts["rows"]
+        together = [engine.submit(text, "lora4", 8, temperature=2.0, seed=seed) for seed in range(3)]
+        other = engine.submit(text, "lora8", 8)
+        assert [request.result() for request in together] == first
+        assert other.result() == engine.submit(text, "lora8", 8).result()
+        # The prompt three times: under lora4 once, under lora8 twice; one more row for each that forked.
+        assert engine.counts["rows"] - rows == 3 * len(text) + 5 * 7 + 2
+        assert engine.stats()["pages_tokens"] == 0
+
+
 def test_drawn_tokens_follow_the_seed_and_not_the_batch(model: Any, library: Path):
     texts = prompts(4, 3)
 

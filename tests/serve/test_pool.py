@@ -66,8 +66,9 @@ def test_a_fork_shares_all_pages_and_copies_the_last_when_it_writes():
     table = Table(pool)
     table.extend(6)
     pool.pages[table.pages[1]] = 7.0
-    fork = table.fork()
+    fork = table.fork(6)
     assert pool.used == 2
+    assert (fork.needs(1), fork.needs(3)) == (1, 2)
     fork.extend(1)
     assert fork.pages[0] == table.pages[0]
     assert fork.pages[1] != table.pages[1]
@@ -81,10 +82,21 @@ def test_a_fork_shares_all_pages_and_copies_the_last_when_it_writes():
     assert pool.used == 0
 
 
+def test_a_fork_of_the_beginning_shares_no_more_than_that():
+    table = Table(small())
+    table.extend(11)
+    fork = table.fork(5)
+    assert fork.pages == table.pages[:2]
+    table.free()
+    assert fork.pool.used == 2
+    fork.free()
+    assert fork.pool.used == 0
+
+
 def test_a_fork_at_the_end_of_a_page_copies_nothing():
     table = Table(small())
     table.extend(4)
-    fork = table.fork()
+    fork = table.fork(4)
     fork.extend(1)
     assert table.pool.used == 2
 

@@ -360,6 +360,9 @@ class Engine:
         for request in in_turn(waiting, self._present(), limits.distinct, limits.patience, now, hurried):
             if len(self._running) >= self.limits.batch:
                 break
+            twin = self._twin(request)
+            if twin is not None and twin.read < len(twin.prompt):
+                continue  # its prompt is being read, and need not be read twice
             try:
                 fits = self._fits(request)
             except Exception as error:  # the adapter cannot be read: its own requests fail, and no others
@@ -371,7 +374,8 @@ class Engine:
                 continue
             if not fits:
                 break
-            request.table = Table(self.pool)
+            known = 0 if twin is None else len(twin.prompt) - 1
+            request.table, request.read = Table(self.pool) if twin is None else twin.table.fork(known), known
             if request.adapter is not None and request.first_token is None:
                 self.library.used(request.adapter)
             self._running.append(request)
@@ -379,6 +383,13 @@ class Engine:
         with self._mutex:
             for request in joined:
                 self._waiting.remove(request)
+
+    def _twin(self, request: Request) -> Request | None:
+        """Who runs with the same prompt under the same adapter, where that is more than a page."""
+        if len(request.prompt) <= self.pool.block:
+            return None
+        same = (r for r in self._running if r.adapter == request.adapter and r.prompt == request.prompt)
+        return next(same, None)
 
     def _fits(self, request: Request) -> bool | None:
         """Whether it can run to its end beside all that run, its adapter brought into the pool; None: not yet read."""
@@ -434,8 +445,7 @@ class Engine:
 
     def _room(self, rows: Mapping[Request, int]) -> bool:
         """Whether the pool has pages for these rows, after adapters that nobody uses have left it."""
-        block = self.pool.block
-        needed = sum(-(-(r.table.length + n) // block) - len(r.table.pages) for r, n in rows.items())
+        needed = sum(r.table.needs(n) for r, n in rows.items())
         return self.library.make_room(needed, self._present().__contains__)
 
     def _advance(self, batch: list[tuple[Request, int]]) -> None:

@@ -121,12 +121,18 @@ class Table:
         self.pages: list[int] = []
         self.length = 0
 
+    @property
+    def _shared(self) -> bool:
+        """Whether the next token would be written to a page that others read too."""
+        return self.length % self.pool.block > 0 and self.pool.owners(self.pages[-1]) > 1
+
+    def needs(self, tokens: int) -> int:
+        """Pages that `extend` would take."""
+        return -(-(self.length + tokens) // self.pool.block) - len(self.pages) + self._shared
+
     def extend(self, tokens: int) -> None:
         """Make room for that many more tokens. A page that others read too is copied before it is written to."""
-        pool = self.pool
-        missing = -(-(self.length + tokens) // pool.block) - len(self.pages)
-        shared = self.length % pool.block and pool.owners(self.pages[-1]) > 1
-        fresh = pool.take(missing + bool(shared))
+        pool, shared, fresh = self.pool, self._shared, self.pool.take(self.needs(tokens))
         if shared:
             (old,), copied = self.pages[-1:], fresh.pop(0)
             pool.pages[copied] = pool.pages[old]
@@ -135,11 +141,11 @@ class Table:
         self.pages += fresh
         self.length += tokens
 
-    def fork(self) -> "Table":
-        """A table of the same tokens, on the same pages."""
+    def fork(self, length: int) -> "Table":
+        """A table of its first tokens, so many, on the same pages."""
         other = Table(self.pool)
-        other.pages, other.length = list(self.pages), self.length
-        self.pool.share(self.pages)
+        other.pages, other.length = self.pages[: -(-length // self.pool.block)], length
+        self.pool.share(other.pages)
         return other
 
     def free(self) -> None:
