@@ -473,7 +473,7 @@ class Engine:
             except Exception as error:
                 self._finish(request, None, error)
             at += 1
-            if request.done:
+            if request.finish is not None:
                 self._finish(request, request.finish)
 
     def _apart(self, batch: list[tuple[Request, int]]) -> Tensor:

@@ -148,14 +148,14 @@ class Request:
         return (prompt[begin:] if begin < 0 else []) + self.tokens[max(begin, 0) : begin + count]
 
     def take(self, logits: Tensor) -> None:
-        """The next token from its logits (V,); ends the request where that is the last one. Raises for NaN."""
+        """The next token from its logits (V,); `finish` says so where that is the last one. Raises for NaN."""
         if not bool(logits.max().isfinite()):
             raise RankfoldError("the logits hold NaN or infinity: the model, or its adapter, overflows on this text")
         token = self.sampling.choose(logits, self._generator)
         if self.first_token is None:
             self.first_token = time.monotonic()
         if token in self.ends:
-            self.end("stop")
+            self.finish = "stop"
             return
         if self.top is not None:
             p = torch.log_softmax(logits.float(), 0)
@@ -167,9 +167,10 @@ class Request:
         if self._listener is not None:
             self._listener(self, token)
         if len(self.tokens) == self.max_new_tokens:
-            self.end("length")
+            self.finish = "length"
 
     def end(self, finish: Finish | None, error: Exception | None = None) -> None:
+        """Tell who asked that nothing more comes; its memory is free by then."""
         self.finish, self.error = finish, error
         self._done.set()
         self._queue.put(None)
