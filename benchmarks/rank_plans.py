@@ -73,9 +73,9 @@ class Side:
 
 
 def main() -> None:
-    given = harness.arguments(__doc__, rounds=10, repeat=5, width=512, steps=60)
+    given = harness.arguments(__doc__, rounds=10, repeat=5, width=512, steps=60, plans=",".join(PLANS))
     ids = models.tokens(4, 128)
-    plans = list(PLANS)
+    plans = given.plans.split(",")
     sides = {slug or "lora": Side(slug, ids, given.width, given.steps) for slug in (None, *plans)}
 
     def again(side: Side) -> None:

@@ -395,7 +395,7 @@ class Engine:
         """Whether it can run to its end beside all that run, its adapter brought into the pool; None: not yet read."""
         present, own = self._present(), 0
         entry = None
-        if request.adapter is not None and request.adapter not in self.library.live:
+        if request.adapter is not None:
             entry = self.library.ready(request.adapter)
             if entry is None:
                 return None

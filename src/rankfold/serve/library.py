@@ -99,17 +99,16 @@ class Library:
         self._entries: dict[str, Entry] = {}
         self._turns = itertools.count(1)
         self._residents: Residency[str] = Residency(len(pool))
-        self.live: set[str] = set()  # attached by somebody else, and to be left alone
         self.withdrawn: set[str] = set()  # out of service; what was accepted before may still use them
         self.counts = {"reads": 0, "placed": 0, "evicted": 0}
 
     # ---- what there is
 
     def names(self) -> list[str]:
-        """All adapters on disk, and those attached to the model besides."""
-        found = set(self.live)
-        if self.folder is not None:
-            found |= {p.name for p in self.folder.iterdir() if NAME.fullmatch(p.name) and self._holds(p)}
+        """All adapters on disk but for those that were unloaded."""
+        if self.folder is None:
+            return []
+        found = {p.name for p in self.folder.iterdir() if NAME.fullmatch(p.name) and self._holds(p)}
         return sorted(found - self.withdrawn)
 
     def path(self, name: str) -> Path:
@@ -128,8 +127,7 @@ class Library:
         """Raises UnknownAdapterError where requests for it are not to be accepted."""
         if name in self.withdrawn:
             raise UnknownAdapterError(f"the adapter {name!r} was unloaded")
-        if name not in self.live:
-            self.path(name)
+        self.path(name)
 
     def withdraw(self, name: str) -> None:
         """Take it out of service. Raises UnknownAdapterError where it is none of the folder's, or out already."""
