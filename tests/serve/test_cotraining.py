@@ -70,6 +70,7 @@ def test_requests_do_not_see_it_and_its_adapter_is_served(place: Path) -> None:
     assert beside[:-1] == alone
     assert counts["failed"] == 0
     assert any(rows and trained for rows, trained in seen["steps"])
+    assert 0 < counts["trained_beside"] < counts["trained"]  # in the requests' own forwards
     for rows, trained in seen["steps"]:
         assert rows + trained <= 24 + BACKWARD
     assert counts["trained"] > (1 + BACKWARD) * seen["told"]["trained_tokens"] > 0  # and what was measured

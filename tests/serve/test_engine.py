@@ -419,6 +419,9 @@ class Steps:
     def __init__(self) -> None:
         self.given: list[int] = []
 
+    def window(self, tokens: int) -> None:
+        """It has nothing that could go beside requests."""
+
     def advance(self, tokens: int) -> int:
         self.given.append(tokens)
         return tokens

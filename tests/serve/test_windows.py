@@ -223,32 +223,6 @@ def test_the_score_alone() -> None:
     assert run.loss == pytest.approx(loss, rel=1e-9)
 
 
-def test_another_forward_can_bring_the_layers_inputs() -> None:
-    """As a server's does, which has other sequences in the same batch."""
-    model, (ids, labels) = tiny.llama().double().eval(), sequence()
-    adapter = attached(model, rankfold.LoRA(rank=4))
-    _, grads = whole(model, adapter, ids, labels)
-    stack = Stack(model)
-    inputs: list[Tensor] = []
-    hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in stack.layers]
-    hooks.append(stack.layers[-1].register_forward_hook(lambda _, args, y: inputs.append(y)))
-    with torch.no_grad():
-        batch = torch.stack([ids.flip(0), ids])
-        cache = stack.decoder(input_ids=batch, use_cache=True).past_key_values
-    for hook in hooks:
-        hook.remove()
-    run = Windowed(stack, ids, labels)
-    for start, stop in ((0, 5), (5, 9)):
-        keys, values = (
-            [t[1:, :, start:stop] for t in (getattr(r, w) for r in cache.layers)] for w in ("keys", "values")
-        )
-        assert run.absorb([x[1:, start:stop] for x in inputs], keys, values) == stop - start
-    run.forward(9)
-    while run.behind:
-        run.backward(6)
-    same(taken(adapter), grads)
-
-
 class Saved:
     """Counts the numbers that autograd keeps at once, and those of frozen linear layers' inputs."""
 

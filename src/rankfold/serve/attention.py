@@ -65,16 +65,16 @@ class _Prefill:
     def mask(self, window: int | None) -> Tensor | None:
         """(tokens, rows); None where the first token of the request is here and attention is simply causal."""
         if window not in self._masks:
-            n, total = self.stop - self.start, len(self.rows)
-            mask = None
-            if n < total or (window is not None and window < total):
-                own = torch.arange(total - n, total, device=self.rows.device)[:, None]
-                token = torch.arange(total, device=self.rows.device)
-                mask = token <= own
-                if window is not None:
-                    mask &= token > own - window
-            self._masks[window] = mask
+            self._masks[window] = causal(self.stop - self.start, len(self.rows), window, self.rows.device)
         return self._masks[window]
+
+
+def causal(n: int, total: int, window: int | None, device: torch.device) -> Tensor | None:
+    """What the last n of `total` tokens attend to, (n, total); None where they are all and it is simply causal."""
+    if n == total and (window is None or window >= total):
+        return None
+    own, token = torch.arange(total - n, total, device=device)[:, None], torch.arange(total, device=device)
+    return token <= own if window is None else (token <= own) & (token > own - window)
 
 
 class Step:

@@ -26,6 +26,7 @@ from rankfold.serve.slack import Slack
 
 if TYPE_CHECKING:
     from rankfold.serve.finetune import Job
+    from rankfold.serve.guest import Window
 
 T = TypeVar("T")
 
@@ -108,7 +109,7 @@ class Engine:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._closing = False
-        kinds = ("steps", "rows", "tokens", "finished", "failed", "cancelled", "preempted", "trained")
+        kinds = ("steps", "rows", "tokens", "finished", "failed", "cancelled", "preempted", "trained", "trained_beside")
         self.counts = dict.fromkeys(kinds, 0)
         self.per_request = 1.0  # seconds that one takes, of late
         self._overloaded = float("-inf")  # when a request was last refused for coming too late
@@ -244,9 +245,7 @@ class Engine:
             self._admit()
             batch, began = self._batch(), time.perf_counter()
             rows = sum(n for _, n in batch)
-            if batch:
-                self._advance(batch)
-            trained = self._train(rows)
+            trained = self._work_off(batch, rows)
             if rows + trained:
                 self.slack.observe(rows + trained, time.perf_counter() - began)
                 return True
@@ -260,15 +259,16 @@ class Engine:
         """Train a job beside the requests, in the time that they leave of each step (FlexLLM, arXiv 2402.18789)."""
         return self.between(lambda: self.jobs.append(job))
 
-    def _train(self, rows: int) -> int:
-        """Let the first job that can go on use what a step with so many rows leaves; returns the tokens it used."""
-        ready = next((job for job in self.jobs if not job.ended and job.ready), None)
-        room = self.slack.room(rows) if ready is not None else 0
-        if ready is None or not room:
-            return 0
-        used = ready.advance(room)
-        self.counts["trained"] += used
-        return used
+    def _work_off(self, batch: list[tuple[Request, int]], rows: int) -> int:
+        """A step of so many rows, and of the first job that can go on; returns the tokens that the job used."""
+        job = next((job for job in self.jobs if not job.ended and job.ready), None)
+        room = self.slack.room(rows) if job is not None else 0
+        window = job.window(room) if job is not None and room and batch else None
+        beside = self._advance(batch, window) if batch else 0
+        behind = job.advance(room - beside) if job is not None and room > beside else 0
+        self.counts["trained"] += beside + behind
+        self.counts["trained_beside"] += beside
+        return beside + behind
 
     def start(self) -> "Engine":
         """Step in a thread of its own, until `close`."""
@@ -448,15 +448,17 @@ class Engine:
         needed = sum(r.table.needs(n) for r, n in rows.items())
         return self.library.make_room(needed, self._present().__contains__)
 
-    def _advance(self, batch: list[tuple[Request, int]]) -> None:
+    def _advance(self, batch: list[tuple[Request, int]], window: "Window | None") -> int:
+        """One forward; returns how many of the window's training tokens went through the model with it."""
         for request, n in batch:
             request.table.extend(n)
+        done = 0 if window is None else window.run.done
         try:
-            logits = self.runner.forward(batch)
+            logits = self.runner.forward(batch, window)
         except Exception as error:
-            if len(batch) == 1:
+            if len(batch) == 1 and window is None:
                 self._finish(batch[0][0], None, error)
-                return
+                return 0
             logits = self._apart(batch)
         self.counts["steps"] += 1
         self.counts["rows"] += sum(n for _, n in batch)
@@ -475,6 +477,7 @@ class Engine:
             at += 1
             if request.finish is not None:
                 self._finish(request, request.finish)
+        return 0 if window is None else window.run.done - done
 
     def _apart(self, batch: list[tuple[Request, int]]) -> Tensor:
         """Each request in a forward of its own, after one of all failed; those that fail again are ended."""

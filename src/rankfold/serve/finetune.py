@@ -18,6 +18,7 @@ from rankfold.core.control import detach
 from rankfold.core.files import fill_whole, write_whole
 from rankfold.core.routing import NAME, find_state
 from rankfold.errors import RankfoldError
+from rankfold.serve.guest import Window
 from rankfold.serve.stack import Stack
 from rankfold.serve.training import WindowTrainer
 from rankfold.serve.turns import StoppedError, Turns
@@ -41,14 +42,17 @@ MANY = 1 << 40  # tokens: as many as a job may want
 class Job:
     """A recipe of `rankfold train`, trained on a model that serves others meanwhile.
 
-    Nothing of it touches the model outside of `advance` and `close`, which the server calls between its own steps, not
-    inside `rankfold.using`; all else may be called from any thread. Data are read and encoded in a thread beside.
-    What `rankfold train` has works as there (techniques, schedules, budgets, checkpoints in the folder,
-    `metrics.jsonl`), since it is the same trainer; the held-out rows are measured by windows too. When it ends, the
-    adapter is put whole into the adapters' folder.
+    Nothing of it touches the model outside of `window`, `advance` and `close`, which the server calls between its own
+    steps, not inside `rankfold.using`; all else may be called from any thread. As in the paper, tokens on their way
+    forward are rows of the requests' forward (`window`). The way back runs behind it (`advance`), and so do held-out
+    rows, windows in which something is drawn, and what is left of a step after a way back. Data are read and encoded
+    in a thread beside. What `rankfold train` has works as there (techniques, schedules, budgets, checkpoints in the
+    folder, `metrics.jsonl`), since it is the same trainer; the held-out rows are measured by windows too. When it ends,
+    the adapter is put whole into the adapters' folder.
 
     Stopped in any way, it goes on from its last checkpoint when it is made again with the same folder, to the same
-    adapter to the last bit on a CPU, as far as windows are of the same sizes (else up to rounding).
+    adapter to the last bit on a CPU, as far as windows are of the same sizes and beside the same requests (else up to
+    rounding).
 
     Args:
         recipe: `name` is what the adapter will be called. Model, precision and gradient checkpointing are the server's.
@@ -114,6 +118,15 @@ class Job:
     def ready(self) -> bool:
         """Whether a turn would be of use."""
         return self._turns.waiting and not self._turns.done
+
+    def window(self, max_tokens: int) -> Window | None:
+        """At most so many training tokens that the server may have as rows of its next forward; None: there are none.
+
+        They are used by that, and `advance` may have the rest of the step.
+        """
+        run = None if self.status == "cancelled" or not self.ready else self._turns.offer
+        n = 0 if run is None else min(max_tokens - self._turns.debt, run.length - run.done)
+        return Window(run, n, self.id) if run is not None and n > 0 else None
 
     def advance(self, max_tokens: int) -> int:
         """Train for so many tokens of a step; returns how many were used.

@@ -12,6 +12,7 @@ from rankfold.core.control import using
 from rankfold.core.routing import find_state
 from rankfold.errors import RankfoldError, UnsupportedError
 from rankfold.serve.attention import NAME, Shape, Step, running
+from rankfold.serve.guest import Beside, Window
 from rankfold.serve.library import Library
 from rankfold.serve.pool import Pool, Table
 from rankfold.serve.request import Request, Sampling
@@ -55,12 +56,13 @@ class Runner:
         self._head.remove()
         self.model.set_attn_implementation(self.attention)
 
-    def forward(self, batch: Sequence[tuple[Request, int]]) -> Tensor:
+    def forward(self, batch: Sequence[tuple[Request, int]], window: Window | None = None) -> Tensor:
         """Logits (requests that are read to their ends, V) of their next tokens, for requests with so many rows each.
 
-        Their tables have room for these already. Rows of one adapter's products come one behind the other.
+        Their tables have room for these already. Rows of one adapter's products come one behind the other, and last
+        those of a window of training tokens.
         """
-        step = Step(self.pool, [r.table for r, _ in batch], [n for _, n in batch])
+        step: Any = Step(self.pool, [r.table for r, _ in batch], [n for _, n in batch])
         ids: list[int] = []
         last: list[int] = []
         names: list[str | None] = []
@@ -78,11 +80,16 @@ class Runner:
                     segments[-1] = Segment(placed, segments[-1].start, len(ids))
                 else:
                     segments.append(Segment(placed, start, len(ids)))
+        if window is not None:
+            ids += window.ids
+            names += [window.adapter] * window.n
+            step = Beside(step, window)
         device = self.pool.rows.device
         self._keep, self._products.segments = torch.tensor(last, dtype=torch.long, device=device), segments
         routed = nullcontext() if find_state(self.model) is None else using(self.model, names)
+        beside = nullcontext() if window is None else window.run.beside(window.n)
         try:
-            with torch.no_grad(), running(step), routed:
+            with torch.no_grad(), running(step), routed, beside:
                 x, positions = torch.tensor(ids, device=device)[:, None], step.positions[:, None]
                 return self.model(input_ids=x, position_ids=positions, use_cache=False).logits[:, 0]
         finally:

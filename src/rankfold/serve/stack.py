@@ -1,6 +1,7 @@
 """A causal language model layer by layer, and what its layers keep of a sequence that comes in windows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,24 +64,32 @@ class Stack:
     def run(self, whole: nn.Module, ids: Tensor, cache: "Kept", step: Step) -> Any:
         """The decoder or the model over ids (1, n), which follow what is in the cache, with `step` for its layers."""
         before = self.model.config._attn_implementation
-        self.own: list[Step] = [layer.forward for layer in self.layers]
-        patched = [layer.__dict__.get("forward") for layer in self.layers]
         positions = torch.arange(cache.start, cache.start + ids.shape[1], device=ids.device)[None]
         try:
             if before != self.attention:
                 self.model.set_attn_implementation(self.attention)
+            with self.stepping(step):
+                return whole(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        finally:
+            if before != self.attention:
+                self.model.set_attn_implementation(before)
+
+    @contextmanager
+    def stepping(self, step: Step) -> Iterator[None]:
+        """Have forwards of the model call `step` for its layers, which are themselves in `own`."""
+        self.own: list[Step] = [layer.forward for layer in self.layers]
+        patched = [layer.__dict__.get("forward") for layer in self.layers]
+        try:
             for i, layer in enumerate(self.layers):
                 layer.__dict__["forward"] = lambda *args, i=i, **named: step(
                     i, *(args or (named.pop("hidden_states"),)), **named
                 )
-            return whole(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            yield
         finally:
             for layer, forward in zip(self.layers, patched, strict=True):
                 del layer.__dict__["forward"]
                 if forward is not None:
                     layer.__dict__["forward"] = forward
-            if before != self.attention:
-                self.model.set_attn_implementation(before)
 
 
 class _Layer(DynamicLayer):

@@ -28,6 +28,7 @@ class Turns:
         self._to_host, self._to_job = threading.Semaphore(0), threading.Semaphore(0)
         self._left, self._stopping, self._drawn = 0, False, _drawn()
         self.waiting = False  # for a turn
+        self.offer: Any = None  # while it waits: what the host may do for it meanwhile
         self.done = False
         self._thread = threading.Thread(target=self._run, name="rankfold-finetune", daemon=True)
 
@@ -36,6 +37,11 @@ class Turns:
     def start(self) -> None:
         """Let the job begin with what needs no turn."""
         self._thread.start()
+
+    @property
+    def debt(self) -> int:
+        """Tokens that it took over what it was given."""
+        return max(-self._left, 0)
 
     def give(self, tokens: int) -> int:
         """Let the job use up so many tokens, at most what it has at hand; returns how many it used.
@@ -76,12 +82,16 @@ class Turns:
 
     # ---- the job's side
 
-    def take(self) -> int:
-        """How many tokens may be used now: at least one. Waits for the next turn where this one is used up."""
+    def take(self, offer: Any = None) -> int:
+        """How many tokens may be used now: at least one. Waits for the next turn where this one is used up.
+
+        The host may make use of `offer` while it waits.
+        """
         if self._left <= 0:
-            self.waiting = True
+            self.waiting, self.offer = True, offer
             self._to_host.release()
             self._park()
+            self.offer = None
         return self._left
 
     def use(self, tokens: int) -> None:

@@ -1,6 +1,6 @@
 """Gradients of a sequence, a window of its tokens at a time. FlexLLM: Oliaro et al. 2024, arXiv 2402.18789."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,7 @@ class Windowed:
         self.done = 0  # tokens that went forward
         self.behind = 0  # of them, those that the backward pass is still to reach
         self.loss = 0.0
+        self.drew = False  # whether anything was drawn on the way forward
         # One draw a sequence, however it is cut.
         self._seed = int(torch.randint(2**62, ())) if seed is None else seed
         self._drawn: list[int] = []  # first tokens of windows in which something was drawn
@@ -71,22 +72,33 @@ class Windowed:
             if score:
                 self.loss += float(self._loss(out.logits, start, stop))
         if drew:
+            self.drew = True
             self._drawn.append(start)
         return self._went(stop - start)
 
-    def absorb(self, inputs: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]) -> int:
-        """What `forward` would have kept of the next n tokens, where another forward of the model had them in it.
+    @contextmanager
+    def beside(self, n: int) -> Iterator[None]:
+        """Take the next n tokens through the model as the last rows of the forward of (rows, 1) tokens in this block.
 
-        Args:
-            inputs: each layer's input (1, n, d), and the top layer's output.
-            keys: each layer's (1, heads, n, c), as they go into attention; `values` likewise.
+        That forward sees to their keys and values itself (`guest.Beside`). Where something was drawn in it they are as
+        if nothing were: it could not be drawn again for them alone.
         """
-        self.cache.start = self.done
-        for i, x in enumerate(inputs):
-            self._keep(i, x)
-        for layer, key, value in zip(self.cache.layers, keys, values, strict=True):
-            layer.keep(key, value)
-        return self._went(inputs[0].shape[1])
+        self.cache.start, top = self.done, len(self.stack.layers)
+
+        def step(i: int, x: Tensor, *args: Any, **named: Any) -> Any:
+            self._keep(i, x[-n:].transpose(0, 1))
+            y = self.stack.own[i](x, *args, **named)
+            if i + 1 == top:
+                self._keep(top, (y[0] if isinstance(y, tuple) else y)[-n:].transpose(0, 1))
+            return y
+
+        with self._seeded(self.done, 0) as drawn:
+            with self.stack.stepping(step):
+                yield
+            drew = drawn()
+        self.drew |= drew
+        if not drew:
+            self._went(n)
 
     def _keep(self, i: int, x: Tensor) -> None:
         if i == len(self.X):
