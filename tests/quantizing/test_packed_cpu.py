@@ -31,14 +31,36 @@ def test_rows_are_to_the_bit_what_the_formula_gives(format: Any, group: Any) -> 
         torch.testing.assert_close(packed_cpu.rows(packed, 45, kind, x), x @ expected.mT, rtol=1e-5, atol=1e-5)
 
 
-def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = Scheme(format="int4", group=8)
-    packed, x = weight(kind, 13, 24), torch.randn(1, 24)
-    alone = packed_cpu.rows(packed, 24, kind), packed_cpu.rows(packed, 24, kind, x)
+@pytest.mark.parametrize("format", ["int8", "int4", "int3", "int2"])
+@pytest.mark.parametrize("group", [64, 128, "channel", "tensor"])
+def test_one_token_is_multiplied_by_the_codes_themselves(
+    format: Any, group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    product = packed_cpu._product
+    monkeypatch.setattr(packed_cpu, "_product", lambda *a: calls.append(a) or product(*a))
+    for zeros, symmetric in (("uint8", False), ("float32", False), ("uint8", True)):
+        kind = Scheme(format=format, group=group, zeros=zeros, symmetric=symmetric)  # type: ignore[arg-type]
+        packed = weight(kind, 6, 384)
+        if packed.zeros is not None and zeros == "float32":
+            packed.zeros.add_(0.3)
+        expected = decode(unpack(packed.codes, 384, kind), packed.scales, packed.zeros, kind, torch.float64)
+        x = torch.randn(1, 384)
+        y = packed_cpu.rows(packed, 384, kind, x)
+        size = x.double().abs() @ expected.abs().mT + 1
+        assert ((y - x.double() @ expected.mT).abs() / size).max() < 1e-6
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("group", [8, 16])
+def test_threads_share_the_rows(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = Scheme(format="int4", group=group)
+    packed, x = weight(kind, 13, 48), torch.randn(1, 48)
+    alone = packed_cpu.rows(packed, 48, kind), packed_cpu.rows(packed, 48, kind, x)
     monkeypatch.setattr(packed_cpu, "_SHARE", 100)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert torch.equal(packed_cpu.rows(packed, 24, kind), alone[0])
-    assert torch.equal(packed_cpu.rows(packed, 24, kind, x), alone[1])
+    assert torch.equal(packed_cpu.rows(packed, 48, kind), alone[0])
+    assert torch.equal(packed_cpu.rows(packed, 48, kind, x), alone[1])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -387,7 +387,7 @@ class PackedLinear(nn.Linear):
         return dequantise(self.packed, (self.out_features, self.in_features), self.scheme, dtype or self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.packed.scales)
+        return self.multiply(x, self.scales if self.blocks is None else self.packed.scales)
 
     def multiply(self, x: Tensor, scales: Tensor) -> Tensor:
         """The layer's output with these scales in place of its own."""
@@ -395,7 +395,12 @@ class PackedLinear(nn.Linear):
         x = x if self.balance is None else x / self.balance.to(x.dtype)
         x = rounded(x, self.scheme.activations)
         x = x if self.order is None else x[..., self.order]
-        y: Any = _Multiply.apply(x, self.weight.view(torch.uint8), scales, self.zeros, shape, self.scheme)
+        codes, zeros = self.weight.view(torch.uint8), self.zeros
+        y: Any
+        if torch.is_grad_enabled() and (x.requires_grad or scales.requires_grad):
+            y = _Multiply.apply(x, codes, scales, zeros, shape, self.scheme)
+        else:
+            y = _product(x, Packed(codes, scales, zeros), shape, self.scheme)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,7 @@
-"""Packed weights on a processor, compiled by Numba: a row's bytes become its numbers in the cache."""
+"""Packed weights on a processor, compiled by Numba: a row's bytes become its numbers in the cache.
+
+Of one token and whole numbers not even there: codes are multiplied as they come out of their bytes.
+"""
 
 import functools
 import importlib
@@ -13,8 +16,12 @@ from torch import Tensor
 from rankfold.core.packed import BITS, PACK, Packed, Scheme, unpack
 
 numba: Any = importlib.import_module("numba")
+ir: Any = importlib.import_module("llvmlite.ir")
+cgutils: Any = importlib.import_module("numba.core.cgutils")
 _compiled: Any = functools.partial(numba.njit, cache=True, nogil=True, error_model="numpy")
 _SHARE = 2**21  # fewer numbers than this are not worth a thread
+_LANES = 8
+_NONE = np.empty((0, 0), np.float32)
 
 
 @_compiled()
@@ -91,6 +98,95 @@ def _rows(
             out[r] = v[:n]
 
 
+@numba.extending.intrinsic(prefer_literal=True)
+def _times(typing: Any, codes: Any, scales: Any, x: Any, bits: Any) -> Any:
+    """`Σ_g s_g Σ_{j in g} q_j x_j` for the codes q of a row; x is flat: what meets the first codes of all units, ...
+
+    A unit is a byte, or three bytes for codes of 3 bits. The groups are as long as one another, of a multiple of 8
+    units. What becomes of such a loop in Numba is for LLVM to guess: so it is written out, 8 units at a time.
+    """
+    b = bits.literal_value
+    planes, size = PACK[b]
+    i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+    floats, ints = ir.VectorType(f32, _LANES), ir.VectorType(i32, _LANES)
+    contract = ("contract",)
+
+    def all_of(value: Any, kind: Any) -> Any:
+        return ir.Constant(ir.VectorType(kind, _LANES), [value] * _LANES)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        given = [
+            context.make_array(t)(context, builder, value=v) for t, v in zip(signature.args[:3], args, strict=False)
+        ]
+        groups = cgutils.unpack_tuple(builder, given[1].shape, 1)[0]
+        units = builder.udiv(cgutils.unpack_tuple(builder, given[0].shape, 1)[0], i64(size))
+        per_group = builder.udiv(units, groups)
+        total, part = (cgutils.alloca_once_value(builder, all_of(0.0, f32)) for _ in range(2))
+
+        def load(array: Any, at: Any, kind: Any, align: int) -> Any:
+            place = builder.bitcast(builder.gep(array.data, [at]), kind.as_pointer())
+            return builder.load(place, align=align)
+
+        def add(place: Any, a: Any, b: Any) -> None:
+            builder.store(builder.fadd(builder.load(place), builder.fmul(a, b, contract), contract), place)
+
+        with cgutils.for_range(builder, groups) as group:
+            builder.store(all_of(0.0, f32), part)
+            first = builder.mul(group.index, per_group)
+            with cgutils.for_range(builder, builder.udiv(per_group, i64(_LANES))) as run:
+                at = builder.add(first, builder.mul(run.index, i64(_LANES)))
+                data = load(given[0], builder.mul(at, i64(size)), ir.VectorType(ir.IntType(8), _LANES * size), 1)
+                if size == 1:
+                    word = builder.zext(data, ints)
+                else:  # a byte of zeros behind each three
+                    places = [3 * lane + i if i < 3 else 3 * _LANES for lane in range(_LANES) for i in range(4)]
+                    mask = ir.Constant(ir.VectorType(i32, len(places)), places)
+                    word = builder.bitcast(builder.shuffle_vector(data, ir.Constant(data.type, None), mask), ints)
+                for plane in range(planes):
+                    q = builder.and_(builder.lshr(word, all_of(b * plane, i32)), all_of(2**b - 1, i32))
+                    numbers = load(given[2], builder.add(at, builder.mul(units, i64(plane))), floats, 4)
+                    add(part, builder.sitofp(q, floats), numbers)
+            s = builder.load(builder.gep(given[1].data, [group.index]))
+            alike = builder.insert_element(ir.Constant(floats, ir.Undefined), s, i32(0))
+            alike = builder.shuffle_vector(alike, ir.Constant(floats, ir.Undefined), all_of(0, i32))
+            add(total, alike, builder.load(part))
+        lanes = [builder.extract_element(builder.load(total), i32(lane)) for lane in range(_LANES)]
+        return functools.reduce(builder.fadd, lanes)
+
+    return numba.types.float32(codes, scales, x, bits), generate
+
+
+@_compiled(fastmath=True)
+def _product(
+    codes: Any, scales: Any, zeros: Any, offset: Any, bits: int, table: Any, group: int,
+    x: Any, out: Any, first: int, last: int,
+) -> None:  # fmt: skip
+    """Rows first to last of the product with one x: `Σ_g s_g (Σ_{j in g} q_j x_j − z_g X_g)`, X_g the sum of x in g."""
+    planes = 8 if bits == 3 else 8 // bits
+    units, groups = x.shape[1] // planes, scales.shape[1]
+    sums, turned = np.zeros(groups, np.float32), np.empty(x.shape[1], np.float32)
+    for g in range(groups):
+        for j in range(g * group, g * group + group):
+            sums[g] += x[0, j]
+    for i in range(units):
+        for plane in range(planes):
+            turned[plane * units + i] = x[0, i * planes + plane]
+    for r in range(first, last):
+        q, s = codes[r], scales[r]
+        if bits == 8:
+            total = _times(q, s, turned, 8)
+        elif bits == 4:
+            total = _times(q, s, turned, 4)
+        elif bits == 3:
+            total = _times(q, s, turned, 3)
+        else:
+            total = _times(q, s, turned, 2)
+        less = np.float32(0)
+        for g in range(groups):
+            less += s[g] * (zeros[r, g] if zeros.size else offset) * sums[g]
+        out[0, r] = total - less
+
+
 @functools.lru_cache(maxsize=4)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "rankfold-packed")
@@ -104,7 +200,7 @@ if hasattr(os, "register_at_fork"):
 def _table(scheme: Scheme) -> Any:
     """The values of all codes of a byte, (256, codes), or of two codes of 3 bits; none for whole numbers of 4 and 8."""
     if scheme.format in ("int8", "int4"):
-        return np.empty((0, 0), np.float32)
+        return _NONE
     byte = torch.arange(64 if scheme.format == "int3" else 256, dtype=torch.uint8)[:, None]
     q = (
         torch.cat([byte & 7, byte >> 3], 1)
@@ -116,25 +212,31 @@ def _table(scheme: Scheme) -> Any:
 
 def rows(packed: Packed, n: int, scheme: Scheme, x: Tensor | None = None) -> Tensor:
     """Ŵ (rows, n), to the bit what `decode` gives; or x Ŵᵀ for x (tokens, n) of few tokens. All is in float32."""
-    codes, height = packed.codes.detach(), len(packed.codes)
-    per = (height, packed.scales.shape[1])
-    zeros = torch.empty(0, 0) if packed.zeros is None else packed.zeros.detach().float().expand(per).contiguous()
+    height, group = len(packed.codes), scheme.group if isinstance(scheme.group, int) else n
     out = torch.empty(height, n) if x is None else torch.empty(len(x), height)
     arguments = (
-        codes.contiguous().numpy(),
-        packed.scales.detach().float().expand(per).contiguous().numpy(),
-        zeros.numpy(),
+        packed.codes.detach().contiguous().numpy(),
+        _floats(packed.scales, height),
+        _NONE if packed.zeros is None else _floats(packed.zeros, height),
         np.float32(0 if scheme.table is not None else scheme.offset),
         int(BITS[scheme.format]),
         _table(scheme),  # type: ignore[arg-type]  # it is hashable
-        scheme.group if isinstance(scheme.group, int) else n,
-        (torch.empty(0, n) if x is None else x.detach().contiguous()).numpy(),
+        group,
+        np.empty((0, n), np.float32) if x is None else x.detach().contiguous().numpy(),
         out.numpy(),
     )
+    whole = n % group == 0 == group % (PACK[BITS[scheme.format]][0] * _LANES)
+    run = _product if whole and len(out) == 1 and x is not None and scheme.format.startswith("int") else _rows
     parts = max(1, min(torch.get_num_threads(), height * n // _SHARE))
     ends = [height * part // parts for part in range(parts + 1)]
-    others = [_pool(parts).submit(_rows, *arguments, *ends[part : part + 2]) for part in range(1, parts)]
-    _rows(*arguments, *ends[:2])
+    others = [_pool(parts).submit(run, *arguments, *ends[part : part + 2]) for part in range(1, parts)]
+    run(*arguments, *ends[:2])
     for other in others:
         other.result()
     return out
+
+
+def _floats(per_group: Tensor, height: int) -> Any:
+    """Scales or zeros (rows, groups) in float32; of a scheme per tensor the one for each row."""
+    wide = per_group.detach().float()
+    return (wide if len(wide) == height else wide.expand(height, -1)).contiguous().numpy()
