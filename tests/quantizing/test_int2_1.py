@@ -196,6 +196,14 @@ def test_products_count_once_while_they_are_trained(monkeypatch: pytest.MonkeyPa
     assert torch.equal(seen[0], model(data[0]))
 
 
+def test_every_step_is_told_of() -> None:
+    model, data = stack()
+    told: list[tuple[int, int]] = []
+    repair = rankfold.LREC(rank=2, epochs=3)
+    rankfold.quantize(model, INT2, calibration=data, compensate=repair, trained=lambda *done: told.append(done))
+    assert told == [(i + 1, 3 * len(data)) for i in range(3 * len(data))]
+
+
 def test_it_starts_as_the_quantised_model() -> None:
     lrec = rankfold.LREC(rank=3)
     B, A = lrec.factors(torch.randn(6, 10), None, "a")

@@ -185,9 +185,15 @@ def test_a_model_comes_nearer_to_itself_and_its_weights_are_what_codes_give() ->
 
 def test_a_model_of_transformers_is_saved_and_loaded(tmp_path: Any) -> None:
     model, ids = tiny.llama(), torch.arange(3, 15)[None]
+    told: list[tuple[int, int]] = []
     report = rankfold.quantize(
-        model, Codebooks(bits=4, width=4), PVTuning(epochs=1), calibration=[{"input_ids": ids}, {"input_ids": ids}]
+        model,
+        Codebooks(bits=4, width=4),
+        PVTuning(epochs=1),
+        calibration=[{"input_ids": ids}, {"input_ids": ids}],
+        trained=lambda *done: told.append(done),
     )
+    assert told == [(1, 2), (2, 2)]
     assert all(0 < one.error < 1 for one in report.values())
     expected = model(ids).logits
     rankfold.save_quantized(model, tmp_path / "out")

@@ -30,6 +30,8 @@ _EPILOG = (
     "[bold]lorc[/bold], [bold]eora[/bold]: a LoRA that makes good what was lost, of the weights or, with the "
     "calibration text, of the outputs. It is saved in OUTPUT/compensation, an adapter as any other.\n\n"
     "[bold]lrec[/bold]: such a LoRA trained on that text to say what the float model says.\n\n"
+    "The float model is held in memory until all is done: count it, the packed one beside it, and the calibration "
+    "text's hidden states (tokens × width × 4 bytes).\n\n"
     "A run that was stopped goes on where it was when the same command is given again. "
     "The result loads with rankfold.load_quantized, and as the model of every command and recipe.\n\n"
     "Example: rankfold quantize MODEL --scheme int3 --how gptq --calibration wiki.txt --compensate eora --rank 16 "
@@ -107,6 +109,7 @@ def quantize(
     try:
         with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
             task = bar.add_task("quantising", total=total)
+            training = bar.add_task("training", total=None, visible=False)
             report = rankfold.quantize(
                 loaded.model,
                 asked,
@@ -114,6 +117,7 @@ def quantize(
                 calibration=texts,
                 compensate=repair,
                 progress=lambda path: bar.advance(task),
+                trained=lambda done, of: bar.update(training, completed=done, total=of, visible=True),
                 work=work,
             )
         with stderr.status("saving"):

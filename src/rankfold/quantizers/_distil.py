@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from rankfold.core.calibration.layers import forward, masks, to_device
 
+Trained = Callable[[int, int], object]
+
 
 class Teacher:
     """log p of every token of every batch, of the model as it is now: on disk, in 16 bits, until this object goes."""
@@ -57,10 +59,12 @@ def distil(
     step: Callable[[float], None],
     epochs: int,
     seed: int,
+    trained: Trained,
 ) -> None:
     """Bring the model nearer to its teacher: batches in random order, `epochs` times.
 
-    Gradients are left in `parameters`; `step` takes one, with the share of the learning rate, which falls to 0.
+    Gradients are left in `parameters`; `step` takes one, with the share of the learning rate, which falls to 0. Then
+    `trained` is told how many are done, of all.
     """
     order = torch.Generator().manual_seed(seed)
     total = epochs * len(batches)
@@ -72,6 +76,7 @@ def distil(
             step((1 + math.cos(math.pi * number / total)) / 2)
             for p in parameters:
                 p.grad = None
+            trained(number + 1, total)
 
 
 def _turns(n: int, epochs: int, order: torch.Generator) -> Iterator[int]:

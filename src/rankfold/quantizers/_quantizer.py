@@ -22,7 +22,7 @@ from rankfold.core.packed import Packed, PackedLinear, Scheme
 from rankfold.core.quantized import is_plain
 from rankfold.core.targets import Targets, find
 from rankfold.errors import RankfoldError, UnsupportedError
-from rankfold.quantizers._distil import Teacher
+from rankfold.quantizers._distil import Teacher, Trained
 from rankfold.quantizers._work import Done, Work
 
 
@@ -64,6 +64,7 @@ class Quantizer(Component):
         batches: Sequence[Any] | None,
         exchange: Callable[..., None],
         progress: Callable[[str], object],
+        trained: Trained,
     ) -> "dict[str, Quantised]":
         """All layers, by one that takes other schemes; `exchange(layer, made, None)` puts a packed one in its place."""
         raise NotImplementedError
@@ -91,7 +92,12 @@ class Compensation(Component):
         return False
 
     def distil(
-        self, model: nn.Module, parameters: Sequence[nn.Parameter], batches: Sequence[Any], teacher: Teacher
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        batches: Sequence[Any],
+        teacher: Teacher,
+        trained: Trained,
     ) -> None:
         """Train the products' parameters, all in their places, on what the float model said of the batches."""
         raise NotImplementedError
@@ -133,12 +139,16 @@ def quantize(
     compensate: str | Compensation | None = None,
     name: str = "compensation",
     progress: Callable[[str], object] | None = None,
+    trained: Trained | None = None,
     work: str | Path | None = None,
 ) -> dict[str, Quantised]:
     """Put a `PackedLinear` in the place of every linear layer that `targets` names, in the model itself.
 
     With batches for calibration blocks are done in turn, each on what the quantised and compensated ones before it
-    give. Whatever goes wrong, and Ctrl-C, leaves the model as it was.
+    give. Whatever goes wrong, and Ctrl-C, leaves the model as it was: so its float weights stay until all is done. At
+    the peak there are these, the packed ones, the input of one block for all batches (cbq: twice), the statistics of
+    that block, and what a layer needs: with gptq some square matrices of its width, in float64. pv-tuning holds six
+    floats more for every number of all layers, lrec what the model keeps for a backward pass.
 
     Args:
         model: with float weights there; without adapters.
@@ -150,6 +160,7 @@ def quantize(
         compensate: "lorc", "eora", or one of another rank: its products become a LoRA on the model, active.
         name: of that adapter.
         progress: called after each layer, with its path.
+        trained: called after each step of what trains over all layers (lrec, pv-tuning): how many are done, of all.
         work: a folder where each block is kept as soon as it is done. The same call goes on after those that are
             there; whoever has saved the model removes it.
 
@@ -160,6 +171,7 @@ def quantize(
         RankfoldError: a weight holds NaN or infinity, a layer is adapted, or statistics are missing.
         UnsupportedError: a layer is quantised already, or is no linear layer.
     """
+    trained = trained or (lambda done, of: None)
     rule = _built(how, Quantizer, "quantises")
     repair = None if compensate is None else _built(compensate, Compensation, "compensates")
     if not isinstance(scheme, rule.takes):
@@ -176,7 +188,7 @@ def quantize(
             raise RankfoldError(f"{rule.slug} leaves nothing to {repair.slug}: its own tables are what trains")
         with torch.no_grad(), _as_it_was(model, []) as exchange:
             batches = calibration if isinstance(calibration, list) else None
-            return rule.all_of(model, layers, scheme, batches, exchange, progress or (lambda path: None))
+            return rule.all_of(model, layers, scheme, batches, exchange, progress or (lambda path: None), trained)
     needs = (*rule.needs(), *(() if repair is None else repair.needs()))
     kept = None if work is None else Work(work, model, layers, scheme, rule, repair, calibration)
     teacher = None
@@ -193,8 +205,7 @@ def quantize(
             if before is None and needs and window.calls:
                 window.statistics = window.collect(needs)
             done: list[Done] = []
-            for one in before or _pack(window, rule, repair, scheme):
-                made = PackedLinear.of(layers[one.path], one.packed, one.scheme)
+            for one, made in _pack(window, rule, repair, scheme) if before is None else _again(layers, before):
                 exchange(layers[one.path], made, one.pair)
                 if one.pair is not None:
                     pairs[one.path] = one.pair
@@ -210,22 +221,28 @@ def quantize(
                 for hook in hooks:  # the adapter has their products now
                     hook.remove()
                 try:
-                    repair.distil(model, list(adapter.parameters()), calibration, teacher)  # type: ignore[arg-type]
+                    repair.distil(model, list(adapter.parameters()), calibration, teacher, trained)  # type: ignore[arg-type]
                 except BaseException:
                     detach(model, name)
                     raise
     return report
 
 
-def _pack(window: Window, rule: Quantizer, repair: Compensation | None, scheme: Scheme) -> Iterator[Done]:
+def _again(layers: Mapping[str, Any], done: Iterable[Done]) -> Iterator[tuple[Done, PackedLinear]]:
+    return ((one, PackedLinear.of(layers[one.path], one.packed, one.scheme)) for one in done)
+
+
+def _pack(
+    window: Window, rule: Quantizer, repair: Compensation | None, scheme: Scheme
+) -> Iterator[tuple[Done, PackedLinear]]:
     for path, packed, kept in rule.pack(window, scheme):
-        W = weight(window.layers[path])
-        E = W - PackedLinear.of(window.layers[path], packed, kept).dequantise(W.dtype)
+        W, made = weight(window.layers[path]), PackedLinear.of(window.layers[path], packed, kept)
+        E = W - made.dequantise(W.dtype)
         pair, left, norm = None, None, max(float(W.norm()), torch.finfo(W.dtype).tiny)
         if repair is not None:
             B, A = pair = repair.factors(E, window.statistics, path)
             left = float((E - B @ A).norm()) / norm
-        yield Done(path, packed, kept, pair, float(E.norm()) / norm, left)
+        yield Done(path, packed, kept, pair, float(E.norm()) / norm, left), made
 
 
 def _built(given: Any, kind: type[Any], does: str) -> Any:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rankfold.core.calibration import Calibration
-from rankfold.quantizers._distil import Teacher, distil
+from rankfold.quantizers._distil import Teacher, Trained, distil
 from rankfold.quantizers._quantizer import Compensation, whitened
 
 
@@ -51,7 +51,12 @@ class LREC(Compensation):
         return E.new_zeros(E.shape[0], len(A)), A.to(E)
 
     def distil(
-        self, model: nn.Module, parameters: Sequence[nn.Parameter], batches: Sequence[Any], teacher: Teacher
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        batches: Sequence[Any],
+        teacher: Teacher,
+        trained: Trained,
     ) -> None:
         adamw = torch.optim.AdamW(parameters, weight_decay=0.0)
 
@@ -60,4 +65,4 @@ class LREC(Compensation):
             adamw.param_groups[0]["lr"] = self.lr * share
             adamw.step()
 
-        distil(model, parameters, batches, teacher, step=step, epochs=self.epochs, seed=self.seed)
+        distil(model, parameters, batches, teacher, step=step, epochs=self.epochs, seed=self.seed, trained=trained)

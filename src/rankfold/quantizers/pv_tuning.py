@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankfold.core.codebooks import CodebookLinear, Codebooks, decode, unpack
 from rankfold.errors import RankfoldError
-from rankfold.quantizers._distil import Teacher, distil
+from rankfold.quantizers._distil import Teacher, Trained, distil
 from rankfold.quantizers._quantizer import Quantised, Quantizer, weight
 
 
@@ -51,6 +51,7 @@ class PVTuning(Quantizer):
         batches: Sequence[Any] | None,
         exchange: Callable[..., None],
         progress: Callable[[str], object],
+        trained: Trained,
     ) -> dict[str, Quantised]:
         if batches is None:
             raise RankfoldError("pv-tuning trains on text: quantize(..., calibration=batches)")
@@ -59,7 +60,7 @@ class PVTuning(Quantizer):
             made[path] = CodebookLinear.of(layer, *self.start(weight(layer), scheme), scheme)
             exchange(layer, made[path], None)
             progress(path)
-        self.tune(model, list(made.values()), batches, teacher)
+        self.tune(model, list(made.values()), batches, teacher, trained)
         report = {}
         for path, layer in layers.items():
             W = weight(layer)
@@ -85,6 +86,7 @@ class PVTuning(Quantizer):
         layers: Sequence[CodebookLinear],
         batches: Sequence[Any],
         teacher: Teacher,
+        trained: Trained,
     ) -> None:
         """Train the layers, all in their places in the model."""
         held = [Held(layer, self) for layer in layers]
@@ -95,7 +97,7 @@ class PVTuning(Quantizer):
 
         try:
             parameters = [one.W for one in held]
-            distil(model, parameters, batches, teacher, step=step, epochs=self.epochs, seed=self.seed)
+            distil(model, parameters, batches, teacher, step=step, epochs=self.epochs, seed=self.seed, trained=trained)
         finally:
             for one in held:
                 one.let_go()
