@@ -49,7 +49,7 @@ class Server:
         batch = [(r, r.unread) for r in self.requests]
         for request, new in batch:
             request.table.extend(new)
-        window = None if run is None else Window(run, n, self.adapter.name)
+        window = None if run is None else Window(run, n, self.adapter)
         logits = self.runner.forward(batch, window)
         for i, (request, new) in enumerate(batch):
             request.read += new
@@ -136,7 +136,7 @@ def test_a_window_in_which_something_is_drawn_does_not_count(tmp_path: Path) -> 
     server.adapter.train()
     run, before = Windowed(server.stack, ids, labels), torch.get_rng_state()
     server.forward(run, 5)
-    assert (run.done, run.drew) == (0, True)
+    assert (run.done, run.alone) == (0, True)
     assert torch.equal(torch.get_rng_state(), before)
     server.close()
 
@@ -150,6 +150,6 @@ def test_a_forward_that_fails_leaves_the_run_where_it_was(tmp_path: Path) -> Non
     with pytest.raises(ZeroDivisionError):
         server.forward(run, 5)
     handle.remove()
-    assert run.done == 5
+    assert (run.done, run.alone) == (5, True)
     assert all("forward" not in layer.__dict__ for layer in server.stack.layers)
     server.close()

@@ -80,3 +80,10 @@ def test_latencies_that_fall_with_the_tokens_are_noise() -> None:
     slack.observe(32, 0.010)
     assert slack.line == pytest.approx((0.011, 0.0))
     assert slack.room(4) == 60
+
+
+def test_what_had_no_room_for_long_is_tried_again() -> None:
+    slack = Slack(slo=0.050, most=512, keep=4)
+    assert slack.room(8, untried=30) == 30
+    slack.observe(38, 9.0)
+    assert [slack.room(8, untried=30) for _ in range(6)] == [0, 0, 0, 0, 30, 30]

@@ -45,8 +45,8 @@ class Job:
     Nothing of it touches the model outside of `window`, `advance` and `close`, which the server calls between its own
     steps, not inside `rankfold.using`; all else may be called from any thread. As in the paper, tokens on their way
     forward are rows of the requests' forward (`window`). The way back runs behind it (`advance`), and so do held-out
-    rows, windows in which something is drawn, and what is left of a step after a way back. Data are read and encoded
-    in a thread beside. What `rankfold train` has works as there (techniques, schedules, budgets, checkpoints in the
+    rows and windows in which something is drawn; a step has one or the other. Data are read and encoded in a thread
+    beside. What `rankfold train` has works as there (techniques, schedules, budgets, checkpoints in the
     folder, `metrics.jsonl`), since it is the same trainer; the held-out rows are measured by windows too. When it ends,
     the adapter is put whole into the adapters' folder.
 
@@ -120,13 +120,11 @@ class Job:
         return self._turns.waiting and not self._turns.done
 
     def window(self, max_tokens: int) -> Window | None:
-        """At most so many training tokens that the server may have as rows of its next forward; None: there are none.
-
-        They are used by that, and `advance` may have the rest of the step.
-        """
+        """At most so many training tokens, for the server to have as rows of its next forward; None: there are none."""
         run = None if self.status == "cancelled" or not self.ready else self._turns.offer
-        n = 0 if run is None else min(max_tokens - self._turns.debt, run.length - run.done)
-        return Window(run, n, self.id) if run is not None and n > 0 else None
+        if run is None or run.alone or run.done == run.length:
+            return None
+        return Window(run, min(max_tokens, run.length - run.done), rankfold.adapters(self.model)[self.id])
 
     def advance(self, max_tokens: int) -> int:
         """Train for so many tokens of a step; returns how many were used.

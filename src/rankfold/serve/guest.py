@@ -1,12 +1,17 @@
 """Training tokens as rows of the requests' forward. FlexLLM: Oliaro et al. 2024, arXiv 2402.18789."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankfold.core.adapter import Adapter
+from rankfold.core.layers import AdaptedLinear
 from rankfold.serve.attention import causal
 
 if TYPE_CHECKING:
@@ -15,15 +20,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Window:
-    """The next `n` tokens of a training sequence, and the adapter that is trained."""
+    """The next `n` tokens of a training sequence, and the adapter that is trained, as it is now."""
 
     run: "Windowed"
     n: int
-    adapter: str
+    adapter: Adapter
+
+    @property
+    def name(self) -> str | None:
+        """What the rows are routed by: an adapter of nothing but products is `added` to rows of the base."""
+        deltas = self.adapter.deltas.values()
+        products = all(isinstance(d.layer, AdaptedLinear) and d.layer.stackable(d) for d in deltas)
+        return None if products and not self.adapter.modules else self.adapter.name
 
     @property
     def ids(self) -> list[int]:
         return self.run.ids[0, self.run.done : self.run.done + self.n].tolist()
+
+    @contextmanager
+    def added(self) -> Iterator[None]:
+        """Have `y += s (x Aᵀ) Bᵀ` on the rows, in the block: routing would copy the factors for each of them."""
+        hooks = []
+        if self.name is None:
+            for delta in self.adapter.deltas.values():
+                hooks.append(delta.layer.register_forward_hook(partial(self._add, delta)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _add(self, delta: Any, _: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+        B, A = delta.pair()
+        y[-self.n :] += (F.linear(F.linear(args[0][-self.n :].to(A.dtype), A), B) * delta.scale).to(y.dtype)
 
 
 class Beside:

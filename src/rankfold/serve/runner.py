@@ -82,14 +82,15 @@ class Runner:
                     segments.append(Segment(placed, start, len(ids)))
         if window is not None:
             ids += window.ids
-            names += [window.adapter] * window.n
+            names += [window.name] * window.n
             step = Beside(step, window)
         device = self.pool.rows.device
         self._keep, self._products.segments = torch.tensor(last, dtype=torch.long, device=device), segments
         routed = nullcontext() if find_state(self.model) is None else using(self.model, names)
         beside = nullcontext() if window is None else window.run.beside(window.n)
+        added = nullcontext() if window is None else window.added()
         try:
-            with torch.no_grad(), running(step), routed, beside:
+            with torch.no_grad(), running(step), routed, added, beside:
                 x, positions = torch.tensor(ids, device=device)[:, None], step.positions[:, None]
                 return self.model(input_ids=x, position_ids=positions, use_cache=False).logits[:, 0]
         finally:

@@ -20,6 +20,7 @@ class Slack:
         self.slo, self.most = slo, most
         self._seen = deque[tuple[int, float]](maxlen=keep)
         self._line: tuple[float, float] | None = None
+        self._none = 0  # how often in turn there was no room
 
     def observe(self, n: int, seconds: float) -> None:
         """A step with n tokens took so long."""
@@ -45,15 +46,24 @@ class Slack:
         a, b = self.line
         return a + b * n
 
-    def room(self, n_inf: int) -> int:
+    def room(self, n_inf: int, untried: int = 0) -> int:
         """n_ft for a step with n_inf tokens of inference; 0 where they alone take the latency up.
 
-        Where there is no inference it is at least 1: no one waits for that step, and it shows the latency anew.
+        Where there is no inference it is at least 1: no one waits for that step, and it shows the latency anew. It is
+        `untried` where no step was seen, and again after it was 0 for `keep` times: steps may have become faster.
         """
         least = 1 if n_inf == 0 else 0
         if not self._seen:
-            return least
+            return max(least, untried)
+        found = max(least, self._fitting() - n_inf)
+        self._none = 0 if found else self._none + 1
+        if self._none == self._seen.maxlen:
+            self._seen.clear()
+            self._none = 0
+        return found
+
+    def _fitting(self) -> int:
         largest = max(n for n, _ in self._seen)
         a, b = self.line
         fits = int((self.slo - a) / b + 1e-9) if b > 0 else self.most if a <= self.slo else 0
-        return max(least, min(fits, self.most, 2 * largest) - n_inf)
+        return min(fits, self.most, 2 * largest)

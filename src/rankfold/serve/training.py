@@ -26,7 +26,7 @@ class WindowTrainer(AdapterTrainer):
     def __init__(self, *args: Any, stack: Stack, turns: Turns, **named: Any):
         super().__init__(*args, **named)
         self.stack, self.turns = stack, turns
-        self._draws = False  # whether training was seen to draw (dropout): then its windows go by themselves
+        self._alone = False  # once a window could not go beside requests, for one where dropout is drawn
         self.model_accepts_loss_kwargs = True  # whatever the model does with it, the count of labels is ours
         self.args._n_gpu = 1
 
@@ -36,10 +36,10 @@ class WindowTrainer(AdapterTrainer):
         for ids, labels in _rows(inputs):
             run = Windowed(self.stack, ids, labels, float(num_items_in_batch))
             while run.done < run.length:
-                n = self.turns.take(None if self._draws else run)
+                n = self.turns.take(None if self._alone else run)
                 if run.done < run.length:  # the rest may have gone beside the host's requests meanwhile
                     self.turns.use(run.forward(n))
-                self._draws |= run.drew
+                self._alone |= run.alone
             while run.behind:
                 self.turns.use(BACKWARD * run.backward(max(1, self.turns.take() // BACKWARD)))
             total += run.loss

@@ -38,11 +38,6 @@ class Turns:
         """Let the job begin with what needs no turn."""
         self._thread.start()
 
-    @property
-    def debt(self) -> int:
-        """Tokens that it took over what it was given."""
-        return max(-self._left, 0)
-
     def give(self, tokens: int) -> int:
         """Let the job use up so many tokens, at most what it has at hand; returns how many it used.
 

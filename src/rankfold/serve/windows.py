@@ -43,7 +43,7 @@ class Windowed:
         self.done = 0  # tokens that went forward
         self.behind = 0  # of them, those that the backward pass is still to reach
         self.loss = 0.0
-        self.drew = False  # whether anything was drawn on the way forward
+        self.alone = False  # whether its windows can go by themselves only
         # One draw a sequence, however it is cut.
         self._seed = int(torch.randint(2**62, ())) if seed is None else seed
         self._drawn: list[int] = []  # first tokens of windows in which something was drawn
@@ -72,7 +72,7 @@ class Windowed:
             if score:
                 self.loss += float(self._loss(out.logits, start, stop))
         if drew:
-            self.drew = True
+            self.alone = True
             self._drawn.append(start)
         return self._went(stop - start)
 
@@ -80,10 +80,10 @@ class Windowed:
     def beside(self, n: int) -> Iterator[None]:
         """Take the next n tokens through the model as the last rows of the forward of (rows, 1) tokens in this block.
 
-        That forward sees to their keys and values itself (`guest.Beside`). Where something was drawn in it they are as
-        if nothing were: it could not be drawn again for them alone.
+        That forward sees to their keys and values itself (`guest.Beside`). Where it fails, or something was drawn
+        in it, which could not be drawn again for them alone, they are as they were, and have to go `alone`.
         """
-        self.cache.start, top = self.done, len(self.stack.layers)
+        self.cache.start, self.alone, top = self.done, True, len(self.stack.layers)
 
         def step(i: int, x: Tensor, *args: Any, **named: Any) -> Any:
             self._keep(i, x[-n:].transpose(0, 1))
@@ -95,9 +95,8 @@ class Windowed:
         with self._seeded(self.done, 0) as drawn:
             with self.stack.stepping(step):
                 yield
-            drew = drawn()
-        self.drew |= drew
-        if not drew:
+            self.alone = drawn()
+        if not self.alone:
             self._went(n)
 
     def _keep(self, i: int, x: Tensor) -> None:
