@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import rankfold
 from rankfold import HALO
 from rankfold.core.hadamard import rotate
+from rankfold.core.packed import PackedLinear
 from rankfold.quantizers import halo
 from rankfold.quantizers.halo import HaloLinear, codes, values
 from tests.methods.support import close, draw
@@ -138,6 +139,42 @@ def test_an_adapter_may_come_and_go_while_it_lasts_and_rows_are_routed() -> None
         rankfold.detach(model)
         assert type(model[0]) is HaloLinear
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("merged_within", [False, True])
+@pytest.mark.parametrize("unmerged_within", [False, True])
+def test_l4q_becomes_a_packed_layer_within_and_after(merged_within: bool, unmerged_within: bool) -> None:
+    """Training rounds the products with W_q; what merging leaves is W_q itself, and neither takes from the other."""
+    model, x, target = net(), torch.randn(16, 24), torch.randn(16, 24)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapter = rankfold.attach(model, rankfold.L4Q(group=8), targets=["0", "2"])
+    optimizer = torch.optim.Adam(adapter.parameters(), 1e-2)
+    with HALO().training(model):
+        for _ in range(3):
+            F.mse_loss(model(x), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained = model.eval()(x)
+        assert not torch.equal(model.train()(x), trained)
+        if merged_within:
+            rankfold.merge(model)
+            torch.testing.assert_close(model(x), trained)
+        if merged_within and unmerged_within:
+            rankfold.unmerge(model)
+            assert not torch.equal(model(x), trained)  # its products are rounded again
+            torch.testing.assert_close(model.eval()(x), trained)
+            model.train()
+    if not merged_within or unmerged_within:
+        rankfold.merge(model)
+    assert all(isinstance(model[i], PackedLinear) for i in (0, 2))
+    torch.testing.assert_close(model(x), trained)
+    rankfold.unmerge(model)
+    torch.testing.assert_close(model(x), trained)
+    rankfold.detach(model)
+    assert type(model[0]) is nn.Linear
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert "halo" not in model[0].__dict__
 
 
 def test_errors() -> None:

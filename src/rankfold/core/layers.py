@@ -613,7 +613,11 @@ def unpack_layer(layer: Any) -> None:
 
 
 def change_plain(layer: Any, plain: type[nn.Module]) -> None:
-    """Give a layer another class of its own, one with the same attributes; adapted it stays so."""
+    """Give a layer another class of its own, one with the same attributes; adapted it stays so, and packed."""
+    if "_unpacked" in layer.__dict__:
+        (kind, _, *more), *added = layer.__dict__["_unpacked"]
+        layer.__dict__["_unpacked"] = (kind, plain, *more), *added
+        return
     adapted = isinstance(layer, Adapted)
     _change_class(layer, adapted_class(layer._made_from[0], plain, *layer._made_from[2:]) if adapted else plain)
 

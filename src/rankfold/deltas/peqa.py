@@ -19,6 +19,10 @@ class PEQA(Method):
     rounded to the dtype that the base keeps its scales in, at training as well, so that merging changes no output and
     leaves a packed model. Δs itself is float32, and a step may be smaller than that rounding. Many adapters share one
     base and can be mixed in a batch. Rates are well below LoRA's, as a scale moves a whole group.
+
+    Scales that are held in 8 bits themselves (`double`) are refused: a step is far below what those bits tell apart,
+    and merged they could only become floats, a layer of another scheme than the base has and its other adapters know.
+    Without `double` they are these floats from the start.
     """
 
     slug: ClassVar[str] = "peqa"
@@ -35,7 +39,8 @@ class PEQA(Method):
         return math.prod(site.layer.scales.shape)
 
     def refuses(self, site: Site) -> str | None:
-        return "its scales are held in 8 bits themselves (double)" if site.layer.scheme.double else None
+        double = "its scales are held in 8 bits themselves (double), too few to train: quantise it without"
+        return double if site.layer.scheme.double else None
 
 
 class PEQADelta(Delta):
