@@ -302,13 +302,16 @@ def _as_it_was(model: nn.Module, hooks: list[Any]) -> Iterator[Callable[..., Non
     While the `hooks` are there an exchanged layer's product with its compensation is added to what it gives.
     """
     places: list[tuple[nn.Module, str, nn.Module]] = []
+    homes: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                homes.setdefault(child, []).append((module, name))
 
     def exchange(old: nn.Module, new: nn.Module, pair: tuple[Tensor, Tensor] | None) -> None:
-        for module in model.modules():
-            for name, child in module._modules.items():
-                if child is old:
-                    module._modules[name] = new
-                    places.append((module, name, old))
+        for module, name in homes[old]:
+            module._modules[name] = new
+            places.append((module, name, old))
         if pair is not None:
             B, A = pair
             add = lambda _, args, y: y + (args[0] @ A.mT.to(y.dtype)) @ B.mT.to(y.dtype)  # noqa: E731
