@@ -1,7 +1,6 @@
 """Weights in few bits: what a code stands for, how codes lie in bytes, and the linear layer that multiplies by them."""
 
 import functools
-import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from rankfold.core import eightbit
 from rankfold.core.activations import FLOATS, Activations, float8, rounded
+from rankfold.core.compiled import compiled
 from rankfold.errors import RankfoldError
 
 Format = Literal["int8", "int4", "int3", "int2", "ternary", "nf4", "fp4", "fp4-e3m0", "fp8", "fp8-e5m2"]
@@ -24,6 +24,7 @@ PACK = {8: (1, 1), 4: (2, 1), 3: (8, 3), 2: (4, 1), 1.6: (5, 1)}  # so many code
 _TILE = 2**18  # numbers
 _FEW = 8  # tokens
 _WORTH = 2**16  # bytes
+_CPU, _CUDA = "rankfold.core.packed_cpu", "rankfold.core.packed_cuda"
 # The 16 quantiles of a normal distribution that QLoRA takes (arXiv 2305.14314), as bitsandbytes rounds them.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -228,8 +229,8 @@ def decode(q: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme, dtyp
 def dequantise(packed: Packed, shape: Sequence[int], scheme: Scheme, dtype: torch.dtype) -> Tensor:
     """Ŵ (out, in). Decoded a tile of rows after the other, so that what lies between is small."""
     rows, n, _, _ = scheme.layout(*shape)
-    if (compiled := _compiled(packed, dtype)) is not None:
-        W = rows_of(compiled.rows(packed, n, scheme), scheme)
+    if (loops := _loops(packed, dtype)) is not None:
+        W = rows_of(loops.rows(packed, n, scheme), scheme)
     else:
         every: list[Any] = [t if t is None else t.expand(rows, -1) for t in packed[:3]]
         step = max(1, _TILE // n)
@@ -244,33 +245,22 @@ def _product(x: Tensor, packed: Packed, shape: tuple[int, int], scheme: Scheme) 
     few = x.device.type in ("cpu", "cuda") and 0 < x.numel() // shape[1] <= _FEW and scheme.along == "in"
     if few and not torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling():
         y, tokens = None, x.reshape(-1, shape[1])
-        if (compiled := _compiled(packed, x.dtype)) is not None:
-            y = compiled.rows(packed, shape[1], scheme, tokens)
-        elif x.is_cuda and BITS[scheme.format] == 4 and (fused := _with("triton", "packed_cuda")) is not None:
-            y = fused.product(packed, shape[1], scheme, tokens)
+        if (loops := _loops(packed, x.dtype)) is not None:
+            y = loops.rows(packed, shape[1], scheme, tokens)
+        elif x.is_cuda and BITS[scheme.format] == 4 and (kernel := compiled("triton", _CUDA)) is not None:
+            y = kernel.product(packed, shape[1], scheme, tokens)
         if y is not None:
             return y.view(*x.shape[:-1], shape[0])
     return F.linear(x, dequantise(packed, shape, scheme, x.dtype))
 
 
-def _compiled(packed: Packed, dtype: torch.dtype) -> Any:
+def _loops(packed: Packed, dtype: torch.dtype) -> Any:
     """`packed_cpu` where Numba is installed: for float32 without gradients, and weights that are worth compiling."""
     codes, scales = packed.codes, packed.scales
     fits = codes.device.type == "cpu" and dtype == torch.float32 and codes.numel() >= _WORTH
     if not fits or torch.compiler.is_compiling() or type(codes) not in (Tensor, nn.Parameter):
         return None
-    return None if scales.requires_grad and torch.is_grad_enabled() else _with("numba", "packed_cpu")
-
-
-@functools.cache
-def _with(library: str, module: str) -> Any:
-    """A module of ours that needs a library, where that is installed."""
-    if importlib.util.find_spec(library) is None:
-        return None
-    try:
-        return importlib.import_module(f"rankfold.core.{module}")
-    except RuntimeError:  # Numba finds no folder where it may keep what it compiles
-        return None
+    return None if scales.requires_grad and torch.is_grad_enabled() else compiled("numba", _CPU)
 
 
 @functools.lru_cache(maxsize=2)

@@ -4,7 +4,7 @@ Punica: Chen et al. 2023, arXiv 2310.18547 (segments of rows with one adapter). 
 2311.03285 (any ranks, from pages that lie anywhere).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.core.adapter import Adapter
+from rankfold.core.compiled import compiled
 from rankfold.errors import UnsupportedError
 from rankfold.serve.pool import Pool
 
@@ -30,10 +31,11 @@ class Piece:
     def of(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Views of A (k, in) and Bᵀ (k, out) in that page, a row of `pages`."""
         page = pages[self.page]
-        return (
-            page[self.a : self.a + self.k * self.in_].view(self.k, self.in_),
-            page[self.b : self.b + self.k * self.out].view(self.k, self.out),
-        )
+        return _view(page, self.a, self.k, self.in_), _view(page, self.b, self.k, self.out)
+
+
+def _view(flat: Tensor, at: int, k: int, n: int) -> Tensor:
+    return flat[at : at + k * n].view(k, n)
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,19 @@ def as_product(adapter: Adapter, pool: Pool) -> Product | None:
 
 
 class Placed:
-    """An adapter's products in the pool, page i of it in page `where[i]` of the pool."""
+    """An adapter's products in the pool, page i of it in page `where[i]` of the pool.
+
+    `pieces`: for each layer, `(a, b, k)`: k rows of A and of Bᵀ, from `numbers[a]` and `numbers[b]` on.
+    """
 
     def __init__(self, product: Product, pool: Pool, where: Sequence[int]):
         for own, page in zip(product.pages, where, strict=True):
             pool.pages[page].copy_(own)
-        self.factors: dict[str, list[tuple[Tensor, Tensor]]] = {
-            path: [Piece(where[p.page], p.k, p.a, p.b, p.in_, p.out).of(pool.pages) for p in pieces]
-            for path, pieces in product.pieces.items()
-        }
+        self.numbers = pool.pages.view(-1)
+        self.pieces: dict[str, list[tuple[int, int, int]]] = {}
+        for path, pieces in product.pieces.items():
+            starts = [where[p.page] * pool.numel for p in pieces]
+            self.pieces[path] = [(at + p.a, at + p.b, p.k) for at, p in zip(starts, pieces, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -107,14 +113,69 @@ class Segment:
     stop: int
 
 
-def add_products(y: Tensor, x: Tensor, segments: Sequence[Segment], path: str) -> None:
-    """y (N, out) += (x Aᵀ) Bᵀ, for each segment's rows with the factors that its adapter has for that layer."""
-    for segment in segments:
-        factors = segment.placed.factors.get(path)
-        if factors is not None:
-            own = y[segment.start : segment.stop]
-            for A, Bt in factors:
-                own.addmm_(x[segment.start : segment.stop] @ A.mT, Bt)
+LONG = 32  # rows of a segment from which on a processor's own products of matrices are faster than one of rows
+
+
+@dataclass(frozen=True)
+class Table:
+    """What one layer's products are, for the rows of a batch, in `numbers`, those of a pool.
+
+    `pieces` (P, 6) int64: a segment's start and stop, a, b, k, and how many components of the segment come before.
+    Those of a segment follow each other, `ends` (segments + 1,) says where, and no row is in two segments. The longest
+    segment has so many `rows`, the one of the most components is so many of them wide, and `long` has the pieces of
+    segments of more than LONG rows.
+    """
+
+    numbers: Tensor
+    pieces: Tensor
+    ends: Tensor
+    rows: int
+    width: int
+    long: Sequence[Sequence[int]]
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], path: str) -> "Table | None":
+        """None where no adapter of the batch has a product for the layer."""
+        pieces, ends, width = list[tuple[int, ...]](), [0], 0
+        for segment in segments:
+            before = 0
+            for a, b, k in segment.placed.pieces.get(path, ()):
+                pieces.append((segment.start, segment.stop, a, b, k, before))
+                before += k
+            if before:
+                ends.append(len(pieces))
+                width = max(width, before)
+        if not pieces:
+            return None
+        numbers, long = segments[0].placed.numbers, [piece for piece in pieces if piece[1] - piece[0] > LONG]
+        rows, device = max(piece[1] - piece[0] for piece in pieces), numbers.device
+        return cls(numbers, torch.tensor(pieces).to(device), torch.tensor(ends).to(device), rows, width, long)
+
+
+def add_products(y: Tensor, x: Tensor, table: Table) -> None:
+    """y (N, out) += (x Aᵀ) Bᵀ for each piece of the table and its rows of x (N, in).
+
+    Where Numba is installed, float32 and float64 on a processor go through a compiled loop, and where Triton is, CUDA
+    goes through two kernels: a call for each piece costs more than its product.
+    """
+    if (kernel := _kernel(y)) is None:
+        add_each(y, x, table.numbers, table.pieces.tolist())
+    else:
+        kernel.add_products(y, x, table)
+
+
+def add_each(y: Tensor, x: Tensor, numbers: Tensor, pieces: Iterable[Sequence[int]]) -> None:
+    """The same, piece after piece."""
+    for start, stop, a, b, k, _ in pieces:
+        A, Bt = _view(numbers, a, k, x.shape[1]), _view(numbers, b, k, y.shape[1])
+        y[start:stop].addmm_(x[start:stop] @ A.mT, Bt)
+
+
+def _kernel(y: Tensor) -> Any:
+    if y.is_cuda:
+        return None if y.dtype == torch.float64 else compiled("triton", "rankfold.serve.segments_cuda")
+    fits = y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64)
+    return compiled("numba", "rankfold.serve.segments_cpu") if fits else None
 
 
 class Products:
@@ -124,6 +185,7 @@ class Products:
         self.segments: Sequence[Segment] = ()
         self._model = model
         self._hooks: dict[str, Any] = {}
+        self._tables: tuple[Sequence[Segment], dict[str, Table | None]] = ((), {})
 
     def watch(self, paths: Sequence[str]) -> None:
         """Let these layers have a part in it, from now on."""
@@ -134,10 +196,19 @@ class Products:
                 self._hooks[path] = layer.register_forward_hook(hook)
 
     def _add(self, path: str, x: Tensor, y: Tensor) -> Tensor:
-        if self.segments:
+        if self.segments and (table := self._table(path)) is not None:
             y = y.contiguous()
-            add_products(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype), self.segments, path)
+            add_products(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype).contiguous(), table)
         return y
+
+    def _table(self, path: str) -> Table | None:
+        """The layer's table, kept for as long as steps have the same segments: most of them do, token after token."""
+        if self._tables[0] != self.segments:
+            self._tables = (self.segments, {})
+        tables = self._tables[1]
+        if path not in tables:
+            tables[path] = Table.of(self.segments, path)
+        return tables[path]
 
     def close(self) -> None:
         for hook in self._hooks.values():
