@@ -411,6 +411,50 @@ def test_rare_adapters_leave_first(model: Any, library: Path):
         assert [e.name for e in engine.library.in_pool] == ["lora8"]
 
 
+def read_meanwhile(model: Any, library: Path, names: list[str], host_memory: int) -> list[str]:
+    """Which of the adapters of waiting requests are in host memory by the time that the one before them is through."""
+    with Engine(model, library, limits=Limits(batch=1), host_memory=host_memory) as engine:
+        first = engine.submit([1, 2, 3], None, 60)
+        waiting = [engine.submit([4, 5], name, 2) for name in names]
+        while not first.done:
+            engine.step()
+            engine.library.wait(1)
+        entries = {name: engine.library.entry(name) for name in names}
+        there = [name for name, entry in entries.items() if entry is not None and entry.read is not None]
+        assert not any(entry is not None and entry.in_pool for entry in entries.values())
+        reads = engine.library.counts["reads"]
+        for request in waiting:
+            request.result()
+        assert engine.library.counts["reads"] - reads == len(names) - len(there)
+        return there
+
+
+def test_adapters_of_those_who_wait_are_read_while_others_run(model: Any, library: Path):
+    assert read_meanwhile(model, library, ["lora8", "dora", "lora3", "vera"], 1 << 20) == [
+        "lora8", "dora", "lora3", "vera"
+    ]  # fmt: skip
+
+
+def test_no_more_are_read_ahead_than_host_memory_holds(model: Any, library: Path):
+    assert read_meanwhile(model, library, ["lora8", "lora4", "lora3"], 1) == ["lora8"]
+
+
+def test_a_broken_adapter_that_is_read_ahead_fails_its_own_request(model: Any, library: Path, tmp_path: Path):
+    shutil.copytree(library, tmp_path / "adapters")
+    (tmp_path / "adapters" / "lora8" / "adapter.safetensors").write_bytes(b"broken")
+    with Engine(model, tmp_path / "adapters", limits=Limits(batch=1)) as engine:
+        first = engine.submit([1, 2, 3], None, 40)
+        broken, good = engine.submit([4, 5], "lora8", 2), engine.submit([4, 5], "lora4", 2)
+        while not first.done:
+            engine.step()
+            engine.library.wait(1)
+        assert not broken.done
+        assert engine.library.entry("lora4").read is not None  # type: ignore[union-attr]
+        assert len(good.result()) == 2
+        with pytest.raises(RankfoldError, match="lora8"):
+            broken.result()
+
+
 class Steps:
     """Stands in for a fine-tuning job that always wants more."""
 

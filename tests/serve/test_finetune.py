@@ -104,7 +104,7 @@ def test_a_turn_uses_what_it_is_given(place: Path, loaded: Loaded, folders: tupl
         took = job.advance(n)
         given, used = given + n, used + took
         assert job.ended or took <= n + BACKWARD
-        assert job.ended or 0 <= used - given <= BACKWARD  # over by less than a window at any time, never behind
+        assert job.ended or used - given <= BACKWARD  # over by less than a window at any time
 
 
 def test_between_turns_the_model_serves_as_if_nothing_were(
@@ -272,8 +272,8 @@ def test_only_one_of_two_runs_at_a_time() -> None:
         log.append("host")
     told = [n for n in used if n is not None]
     assert sum(told) == 12
-    assert told[:2] == [4, 2]  # the first takes one over, which the second lacks
-    assert "job 0 job 1 host job 2 host" in " ".join(log)
+    assert told[0] == 2  # one window a turn, though one token is left
+    assert "job 0 host job 1 host job 2 host" in " ".join(log)
 
 
 def test_a_job_is_stopped_where_it_waits() -> None:
@@ -292,7 +292,7 @@ def test_a_job_is_stopped_where_it_waits() -> None:
     turns.start()
     while not turns.waiting:
         pass
-    assert turns.give(5) == 5
+    assert turns.give(5) == 1
     turns.stop()
     assert ended
     assert turns.done

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -391,6 +392,8 @@ class Engine:
         with self._mutex:
             for request in joined:
                 self._waiting.remove(request)
+        later = dict.fromkeys(r.adapter for r in waiting if r.adapter is not None and r not in joined)
+        self.library.read_ahead(islice(later, limits.distinct))
 
     def _twin(self, request: Request) -> Request | None:
         """Who runs with the same prompt under the same adapter, where that is more than a page."""

@@ -127,7 +127,7 @@ class Job:
         return Window(run, min(max_tokens, run.length - run.done), rankfold.adapters(self.model)[self.id])
 
     def advance(self, max_tokens: int) -> int:
-        """Train for so many tokens of a step; returns how many were used.
+        """Train on one window, of at most so many tokens of a step; returns how many were used.
 
         A token counts 1 on its way forward and `BACKWARD` on its way back. What is used over `max_tokens` (by windows
         that cannot be divided) is taken off later turns.

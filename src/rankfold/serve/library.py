@@ -5,7 +5,7 @@ import copy
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,9 +85,10 @@ class Library:
     """Adapters by name: the folders in `folder` that hold one, of Rankfold or of PEFT.
 
     `ready` has a thread read and check an adapter into host memory (at most `host_memory` bytes of what is not in
-    use), against a skeleton that shares the model's weights; `place` brings it into pages of the pool. Products of
-    linear layers become pages as they are, whatever their ranks. All others are attached to the model, their tensors in
-    pages too. `make_room` lets go of those that are used least often (`paging.Residency`).
+    use), against a skeleton that shares the model's weights; `read_ahead` does so for those of waiting requests.
+    `place` brings it into pages of the pool. Products of linear layers become pages as they are, whatever their ranks.
+    All others are attached to the model, their tensors in pages too. `make_room` lets go of those that are used least
+    often (`paging.Residency`).
     """
 
     def __init__(self, model: nn.Module, folder: Path | None, pool: Pool, products: Products, host_memory: int):
@@ -158,6 +159,22 @@ class Library:
             self.counts["reads"] += 1
             self._forget(entry)
         return entry
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Have adapters read that will be needed in this order, one at a time, as far as host memory has room for them.
+
+        What is wrong with one is told when it is `ready`.
+        """
+        total = sum(e.read.bytes for e in self.in_pool if isinstance(e.read, Product))
+        for name in names:
+            entry = self._entries.get(name)
+            if entry is not None and (entry.in_pool or _failed(entry)):
+                continue
+            with contextlib.suppress(RankfoldError):
+                entry = self.ready(name) if total < self._host_memory else None
+                if entry is None:
+                    return
+                total += entry.read.bytes if isinstance(entry.read, Product) else 0
 
     def wait(self, timeout: float) -> None:
         """Until one of the adapters that are being read is there."""
@@ -271,6 +288,10 @@ class Library:
         self._reader.shutdown(cancel_futures=True)
         for name in list(self._entries):
             self.drop(name)
+
+
+def _failed(entry: Entry) -> bool:
+    return entry.reading is not None and entry.reading.done() and entry.reading.exception() is not None
 
 
 def _holds_adapter(path: Path) -> bool:

@@ -26,7 +26,7 @@ class Turns:
         """`around` is entered by the host around each turn."""
         self._job, self._around = job, around
         self._to_host, self._to_job = threading.Semaphore(0), threading.Semaphore(0)
-        self._left, self._stopping, self._drawn = 0, False, _drawn()
+        self._left, self._used, self._stopping, self._drawn = 0, 0, False, _drawn()
         self.waiting = False  # for a turn
         self.offer: Any = None  # while it waits: what the host may do for it meanwhile
         self.done = False
@@ -39,17 +39,17 @@ class Turns:
         self._thread.start()
 
     def give(self, tokens: int) -> int:
-        """Let the job use up so many tokens, at most what it has at hand; returns how many it used.
+        """Let the job have one window of so many tokens, at most what it has at hand; returns how many it used.
 
-        What it takes over that (a window is not divided) is taken off its next turns.
+        What it takes over that (some windows cannot be divided) is taken off its next turns. There is no second window
+        for what is left: it would cost as much as a step of its own, and how long a turn takes could not be told.
         """
         if self.done or not self.waiting:
             return 0
-        given = self._left = min(self._left, 0) + tokens
-        if given <= 0:
-            return 0
-        self._turn()
-        return given - self._left
+        self._left, self._used = min(self._left, 0) + tokens, 0
+        if self._left > 0:
+            self._turn()
+        return self._used
 
     def stop(self) -> None:
         """Let the job give up at the place where it is."""
@@ -90,7 +90,9 @@ class Turns:
         return self._left
 
     def use(self, tokens: int) -> None:
-        self._left -= tokens
+        """Say what the window took."""
+        self._used += tokens
+        self._left = min(self._left - tokens, 0)
 
     def begin(self) -> None:
         """Wait for the first turn, before anything is done that must not run beside the host."""
