@@ -60,8 +60,9 @@ def answer(
     opening = tokenizer(OPENING, add_special_tokens=False)["input_ids"]
     device = next(model.parameters()).device
 
-    def step(tokens: Sequence[Sequence[int]] | Tensor, cache: Any) -> Any:
-        return model(input_ids=torch.as_tensor(tokens, device=device), past_key_values=cache, use_cache=True)
+    def step(tokens: Sequence[Sequence[int]] | Tensor, cache: Any, keep: int = 1) -> Any:
+        x = torch.as_tensor(tokens, device=device)
+        return model(input_ids=x, past_key_values=cache, use_cache=True, logits_to_keep=keep)
 
     in_step = zip(*(prompt[:-1] for prompt in ids), strict=False)
     shared = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, in_step)]
@@ -74,13 +75,13 @@ def answer(
             if cache is not None:
                 cache.batch_repeat_interleave(len(places))
             out = step([ids[i][len(shared) :] for i in places], cache)
-            cache, first = out.past_key_values, out.logits[:, -1:]
-            rest = step([opening[:-1]] * len(places), copy.deepcopy(cache)).logits if opening[1:] else first[:, :0]
+            cache, first = out.past_key_values, out.logits
+            rest = step([opening[:-1]] * len(places), copy.deepcopy(cache), 0).logits if opening[1:] else first[:, :0]
             logs = torch.cat([first, rest], 1).float().log_softmax(-1)
             total += float(logs[:, range(len(opening)), opening].sum())
             said = [first.argmax(-1)]
             while len(said) < _NEW_TOKENS:
-                said.append(step(said[-1], cache).logits[:, -1:].argmax(-1))
+                said.append(step(said[-1], cache).logits.argmax(-1))
             for i, tokens in zip(places, torch.cat(said, 1).tolist(), strict=True):
                 if tokenizer.eos_token_id in tokens:
                     tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
