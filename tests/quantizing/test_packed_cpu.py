@@ -31,9 +31,9 @@ def test_rows_are_to_the_bit_what_the_formula_gives(format: Any, group: Any) -> 
         torch.testing.assert_close(packed_cpu.rows(packed, 45, kind, x), x @ expected.mT, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("format", ["int8", "int4", "int3", "int2"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("group", [64, 128, "channel", "tensor"])
-def test_one_token_is_multiplied_by_the_codes_themselves(
+def test_one_token_is_multiplied_before_zeros_and_scales(
     format: Any, group: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []

@@ -1,6 +1,6 @@
 """Packed weights on a processor, compiled by Numba: a row's bytes become its numbers in the cache.
 
-Of one token and whole numbers not even there: codes are multiplied as they come out of their bytes.
+Of one token whole numbers not even there: codes are multiplied as they come out of their bytes.
 """
 
 import functools
@@ -100,13 +100,15 @@ def _rows(
 
 @numba.extending.intrinsic(prefer_literal=True)
 def _times(typing: Any, codes: Any, scales: Any, x: Any, bits: Any) -> Any:
-    """`Σ_g s_g Σ_{j in g} q_j x_j` for the codes q of a row; x is flat: what meets the first codes of all units, ...
+    """`Σ_g s_g Σ_{j in g} q_j x_j` for the codes q of a row; x has what meets the first codes of all units, then the
+    second ones, and so on.
 
-    A unit is a byte, or three bytes for codes of 3 bits. The groups are as long as one another, of a multiple of 8
-    units. What becomes of such a loop in Numba is for LLVM to guess: so it is written out, 8 units at a time.
+    A unit is a byte, or three bytes for codes of 3 bits; with 32 "bits" it is a float, q itself. The groups are as long
+    as one another, of a multiple of 8 units. What becomes of such a loop in Numba is for LLVM to guess: so it is written
+    out, 8 units at a time.
     """
     b = bits.literal_value
-    planes, size = PACK[b]
+    planes, size = PACK.get(b, (1, 1))
     i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
     floats, ints = ir.VectorType(f32, _LANES), ir.VectorType(i32, _LANES)
     contract = ("contract",)
@@ -135,17 +137,20 @@ def _times(typing: Any, codes: Any, scales: Any, x: Any, bits: Any) -> Any:
             first = builder.mul(group.index, per_group)
             with cgutils.for_range(builder, builder.udiv(per_group, i64(_LANES))) as run:
                 at = builder.add(first, builder.mul(run.index, i64(_LANES)))
-                data = load(given[0], builder.mul(at, i64(size)), ir.VectorType(ir.IntType(8), _LANES * size), 1)
-                if size == 1:
+                kind = floats if b == 32 else ir.VectorType(ir.IntType(8), _LANES * size)
+                data = load(given[0], builder.mul(at, i64(size)), kind, 4 if b == 32 else 1)
+                word = data
+                if b < 32 and size == 1:
                     word = builder.zext(data, ints)
-                else:  # a byte of zeros behind each three
+                elif b < 32:  # a byte of zeros behind each three
                     places = [3 * lane + i if i < 3 else 3 * _LANES for lane in range(_LANES) for i in range(4)]
                     mask = ir.Constant(ir.VectorType(i32, len(places)), places)
                     word = builder.bitcast(builder.shuffle_vector(data, ir.Constant(data.type, None), mask), ints)
                 for plane in range(planes):
-                    q = builder.and_(builder.lshr(word, all_of(b * plane, i32)), all_of(2**b - 1, i32))
-                    numbers = load(given[2], builder.add(at, builder.mul(units, i64(plane))), floats, 4)
-                    add(part, builder.sitofp(q, floats), numbers)
+                    if b < 32:
+                        q = builder.and_(builder.lshr(word, all_of(b * plane, i32)), all_of(2**b - 1, i32))
+                        data = builder.sitofp(q, floats)
+                    add(part, data, load(given[2], builder.add(at, builder.mul(units, i64(plane))), floats, 4))
             s = builder.load(builder.gep(given[1].data, [group.index]))
             alike = builder.insert_element(ir.Constant(floats, ir.Undefined), s, i32(0))
             alike = builder.shuffle_vector(alike, ir.Constant(floats, ir.Undefined), all_of(0, i32))
@@ -162,7 +167,10 @@ def _product(
     x: Any, out: Any, first: int, last: int,
 ) -> None:  # fmt: skip
     """Rows first to last of the product with one x: `Σ_g s_g (Σ_{j in g} q_j x_j − z_g X_g)`, X_g the sum of x in g."""
-    planes = 8 if bits == 3 else 8 // bits
+    whole = bits == 3 or bits == 2 or table.shape[0] == 0  # numbers, which codes are; others are looked up
+    planes = 1 if not whole else 8 if bits == 3 else 8 // bits
+    v = np.empty(codes.shape[1] * 8, np.float32)
+    numbers = v[: x.shape[1]]
     units, groups = x.shape[1] // planes, scales.shape[1]
     sums, turned = np.zeros(groups, np.float32), np.empty(x.shape[1], np.float32)
     for g in range(groups):
@@ -173,7 +181,10 @@ def _product(
             turned[plane * units + i] = x[0, i * planes + plane]
     for r in range(first, last):
         q, s = codes[r], scales[r]
-        if bits == 8:
+        if not whole:
+            _values(q, bits, table, v)
+            total = _times(numbers, s, turned, 32)
+        elif bits == 8:
             total = _times(q, s, turned, 8)
         elif bits == 4:
             total = _times(q, s, turned, 4)
@@ -225,8 +236,8 @@ def rows(packed: Packed, n: int, scheme: Scheme, x: Tensor | None = None) -> Ten
         np.empty((0, n), np.float32) if x is None else x.detach().contiguous().numpy(),
         out.numpy(),
     )
-    whole = n % group == 0 == group % (PACK[BITS[scheme.format]][0] * _LANES)
-    run = _product if whole and len(out) == 1 and x is not None and scheme.format.startswith("int") else _rows
+    lanes = _LANES * (PACK[BITS[scheme.format]][0] if scheme.format.startswith("int") else 1)
+    run = _product if x is not None and len(x) == 1 and n % group == 0 == group % lanes else _rows
     parts = max(1, min(torch.get_num_threads(), height * n // _SHARE))
     ends = [height * part // parts for part in range(parts + 1)]
     others = [_pool(parts).submit(run, *arguments, *ends[part : part + 2]) for part in range(1, parts)]
