@@ -104,8 +104,8 @@ def _times(typing: Any, codes: Any, scales: Any, x: Any, bits: Any) -> Any:
     second ones, and so on.
 
     A unit is a byte, or three bytes for codes of 3 bits; with 32 "bits" it is a float, q itself. The groups are as long
-    as one another, of a multiple of 8 units. What becomes of such a loop in Numba is for LLVM to guess: so it is written
-    out, 8 units at a time.
+    as one another, of a multiple of 8 units. What becomes of such a loop in Numba is for LLVM to guess: so it is
+    written out, 8 units at a time.
     """
     b = bits.literal_value
     planes, size = PACK.get(b, (1, 1))
