@@ -25,7 +25,7 @@ class _Decodes:
 
     def __init__(self, at: list[int], tables: Sequence[Table], pool: Pool):
         lengths = torch.tensor([table.length for table in tables])
-        self.at = torch.tensor(at)
+        self.at = _places(at)
         width = int(lengths.max())
         most = max(len(table.pages) for table in tables)
         pages = torch.tensor([table.pages + table.pages[:1] * (most - len(table.pages)) for table in tables])
@@ -35,7 +35,9 @@ class _Decodes:
         self._lengths, self._masks = lengths, dict[int | None, Tensor | None]()
 
     def to(self, device: torch.device) -> "_Decodes":
-        self.at, self.rows, self._lengths = (t.to(device) for t in (self.at, self.rows, self._lengths))
+        self.rows, self._lengths = self.rows.to(device), self._lengths.to(device)
+        if isinstance(self.at, Tensor):
+            self.at = self.at.to(device)
         return self
 
     def mask(self, window: int | None) -> Tensor | None:
@@ -50,23 +52,31 @@ class _Decodes:
 
 
 class _Prefill:
-    """Several consecutive tokens of one request, at `start` to `stop` of the step."""
+    """The last n of equally many tokens of some requests, from `starts` of the step on."""
 
-    def __init__(self, start: int, stop: int, table: Table, pool: Pool):
-        token = torch.arange(table.length)
-        self.start, self.stop = start, stop
-        self.rows = pool.row(torch.tensor(table.pages)[token // pool.block], token % pool.block)
+    def __init__(self, starts: list[int], n: int, tables: Sequence[Table], pool: Pool):
+        token = torch.arange(tables[0].length)
+        pages = torch.tensor([table.pages for table in tables])[:, token // pool.block]
+        self.n, self.rows = n, pool.row(pages, token % pool.block)
+        self.at = _places([start + i for start in starts for i in range(n)])
         self._masks = dict[int | None, Tensor | None]()
 
     def to(self, device: torch.device) -> "_Prefill":
         self.rows = self.rows.to(device)
+        if isinstance(self.at, Tensor):
+            self.at = self.at.to(device)
         return self
 
     def mask(self, window: int | None) -> Tensor | None:
-        """(tokens, rows); None where the first token of the request is here and attention is simply causal."""
+        """(n, rows); None where the first token of the requests is here and attention is simply causal."""
         if window not in self._masks:
-            self._masks[window] = causal(self.stop - self.start, len(self.rows), window, self.rows.device)
+            self._masks[window] = causal(self.n, self.rows.shape[1], window, self.rows.device)
         return self._masks[window]
+
+
+def _places(at: list[int]) -> Tensor | slice:
+    """Rows of a step: where they follow each other no copy is made of them."""
+    return slice(at[0], at[-1] + 1) if at == list(range(at[0], at[-1] + 1)) else torch.tensor(at)
 
 
 def causal(n: int, total: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -82,7 +92,8 @@ class Step:
 
     def __init__(self, pool: Pool, tables: Sequence[Table], new: Sequence[int]):
         self.pool, device = pool, pool.rows.device
-        positions, rows, self._parts, decodes = [], [], list[Any](), dict[int, list[tuple[int, Table]]]()
+        positions, rows, self._parts = [], [], list[Any]()
+        decodes, prefills = dict[int, list[tuple[int, Table]]](), dict[tuple[int, int], list[tuple[int, Table]]]()
         at = 0
         for table, n in zip(tables, new, strict=True):
             token = torch.arange(table.length - n, table.length)
@@ -92,11 +103,14 @@ class Step:
                 # Together with those of at most twice as many pages: little is read that no one attends to.
                 decodes.setdefault(len(table.pages).bit_length(), []).append((at, table))
             else:
-                self._parts.append(_Prefill(at, at + n, table, pool).to(device))
+                prefills.setdefault((n, table.length), []).append((at, table))
             at += n
         for group in decodes.values():
             places, own = zip(*group, strict=True)
             self._parts.append(_Decodes(list(places), own, pool).to(device))
+        for (n, _), group in prefills.items():
+            places, own = zip(*group, strict=True)
+            self._parts.append(_Prefill(list(places), n, own, pool).to(device))
         self.positions = torch.cat(positions).to(device)  # of each row in its request
         self._write = torch.cat(rows).to(device)
 
@@ -121,11 +135,11 @@ class Step:
                 y = F.scaled_dot_product_attention(asked, K, V, mask, scale=scale)
                 out[part.at] = y.flatten(1, 2)
             else:
-                asked = q[part.start : part.stop].transpose(0, 1)[None]
+                asked, grouped = q[part.at].unflatten(0, (-1, part.n)).transpose(1, 2), heads != q.shape[1]
                 y = F.scaled_dot_product_attention(
-                    asked, K[None], V[None], mask, is_causal=mask is None, scale=scale, enable_gqa=heads != q.shape[1]
+                    asked, K, V, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
                 )
-                out[part.start : part.stop] = y[0].transpose(0, 1)
+                out[part.at] = y.transpose(1, 2).flatten(0, 1)
         return out
 
 
