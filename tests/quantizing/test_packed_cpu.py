@@ -66,10 +66,10 @@ def test_threads_share_the_rows(group: int, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own() -> None:
-    packed_cpu._pool(2).submit(int).result()
+    packed_cpu.threads(2).submit(int).result()
     if (child := os.fork()) == 0:
         try:
-            packed_cpu._pool(2).submit(int).result(10)
+            packed_cpu.threads(2).submit(int).result(10)
             os._exit(0)
         finally:
             os._exit(1)

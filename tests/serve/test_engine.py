@@ -381,13 +381,13 @@ def test_adapters_of_peft_are_served(model: Any, tmp_path: Path):
 
 
 def test_requests_that_come_too_late_are_refused_and_the_last_ones_served(model: Any):
-    limits = Limits(batch=1, first_token=0.2)
+    limits = Limits(batch=1, first_token=5.0)
     with Engine(model, limits=limits) as engine:
         first = engine.submit([1, 2], None, 200)
         engine.step()
         late = [engine.submit([3, 4], None, 3) for _ in range(3)]
         for request in late:
-            request.submitted -= 1.0
+            request.submitted -= 10.0
         fresh = [engine.submit([5, 6], None, 3) for _ in range(2)]
         engine.step()
         for request in late:

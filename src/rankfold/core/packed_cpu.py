@@ -5,14 +5,13 @@ Of one token whole numbers not even there: codes are multiplied as they come out
 
 import functools
 import importlib
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rankfold.core.compiled import threads
 from rankfold.core.packed import BITS, PACK, Packed, Scheme, unpack
 
 numba: Any = importlib.import_module("numba")
@@ -198,15 +197,6 @@ def _product(
         out[0, r] = total - less
 
 
-@functools.lru_cache(maxsize=4)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "rankfold-packed")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not come along
-
-
 @functools.lru_cache(maxsize=32)
 def _table(scheme: Scheme) -> Any:
     """The values of all codes of a byte, (256, codes), or of two codes of 3 bits; none for whole numbers of 4 and 8."""
@@ -240,7 +230,7 @@ def rows(packed: Packed, n: int, scheme: Scheme, x: Tensor | None = None) -> Ten
     run = _product if x is not None and len(x) == 1 and n % group == 0 == group % lanes else _rows
     parts = max(1, min(torch.get_num_threads(), height * n // _SHARE))
     ends = [height * part // parts for part in range(parts + 1)]
-    others = [_pool(parts).submit(run, *arguments, *ends[part : part + 2]) for part in range(1, parts)]
+    others = [threads(parts).submit(run, *arguments, *ends[part : part + 2]) for part in range(1, parts)]
     run(*arguments, *ends[:2])
     for other in others:
         other.result()

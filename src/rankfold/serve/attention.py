@@ -116,20 +116,19 @@ class Step:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
         """q (N, H, D), k and v (N, H_kv, D): written to the pool, and (N, H, D) of what each row reads there."""
-        memory, heads = self.pool.rows, k.shape[1]
-        own, values = self._write + layer * self.pool.layer_step, self.pool.value_step
-        memory[own, : k[0].numel()] = k.flatten(1)
-        memory[own + values, : v[0].numel()] = v.flatten(1)
+        keys, heads = self.pool.rows[layer * self.pool.layer_step :], k.shape[1]
+        values = keys[self.pool.value_step :]
+        keys[self._write, : k[0].numel()] = k.flatten(1)
+        values[self._write, : v[0].numel()] = v.flatten(1)
 
-        def read(rows: Tensor, like: Tensor) -> Tensor:
+        def read(memory: Tensor, rows: Tensor, like: Tensor) -> Tensor:
             """(requests, H_kv, rows, D)"""
             there = memory.index_select(0, rows.flatten())[:, : like[0].numel()]
             return there.view(*rows.shape, heads, -1).transpose(-3, -2)
 
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         for part in self._parts:
-            rows = part.rows + layer * self.pool.layer_step
-            K, V, mask = read(rows, k), read(rows + values, v), part.mask(window)
+            K, V, mask = read(keys, part.rows, k), read(values, part.rows, v), part.mask(window)
             if isinstance(part, _Decodes):  # the query heads that share a key head are as so many queries
                 asked = q[part.at].unflatten(1, (heads, -1))
                 y = F.scaled_dot_product_attention(asked, K, V, mask, scale=scale)

@@ -7,8 +7,10 @@ import functools
 import importlib
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from rankfold.core.compiled import threads
 from rankfold.serve.segments import LONG, Table, add_each
 
 numba: Any = importlib.import_module("numba")
@@ -16,9 +18,10 @@ _compiled: Any = functools.partial(numba.njit, cache=True, nogil=True, error_mod
 
 
 @_compiled()
-def _add(y: Any, x: Any, numbers: Any, pieces: Any) -> None:
+def _add(y: Any, x: Any, numbers: Any, pieces: Any, first: int, last: int) -> None:
+    """Pieces first to last."""
     n, m = x.shape[1], y.shape[1]
-    for p in range(len(pieces)):
+    for p in range(first, last):
         start, stop, a, b, k, _ = pieces[p]
         if stop - start > LONG:
             continue
@@ -34,5 +37,11 @@ def _add(y: Any, x: Any, numbers: Any, pieces: Any) -> None:
 
 def add_products(y: Tensor, x: Tensor, table: Table) -> None:
     """As `segments.add_products`; x and y are contiguous."""
-    _add(y.numpy(), x.numpy(), table.numbers.numpy(), table.pieces.numpy())
+    arguments, segments = (y.numpy(), x.numpy(), table.numbers.numpy(), table.pieces.numpy()), len(table.ends) - 1
+    parts = min(torch.get_num_threads(), segments)
+    ends = [int(table.ends[segments * part // parts]) for part in range(parts + 1)]  # a row is one thread's alone
+    others = [threads(parts).submit(_add, *arguments, *ends[part : part + 2]) for part in range(1, parts)]
+    _add(*arguments, *ends[:2])
+    for other in others:
+        other.result()
     add_each(y, x, table.numbers, table.long)
