@@ -43,7 +43,8 @@ class Window:
         hooks = []
         if self.name is None:
             for delta in self.adapter.deltas.values():
-                hooks.append(delta.layer.register_forward_hook(partial(self._add, delta)))
+                layer: Any = delta.layer
+                hooks.append(layer.register_forward_hook(partial(self._add, delta)))
         try:
             yield
         finally:
