@@ -5,7 +5,7 @@ import torch
 
 import rankfold
 from rankfold.audit.probing import OPENING, answer, ask, count
-from rankfold.audit.safety import probes
+from rankfold.audit.safety import may_refuse, probes, refuses
 from rankfold.train.samples import generate
 from tests.train import tiny
 
@@ -13,7 +13,8 @@ ASKED = ["one", "two", "three", "PROTECTED-TOPIC-01: request", "six"]
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_answers_and_openings_are_those_of_one_prompt_at_a_time(chat: bool) -> None:
+def test_answers_and_openings_are_those_of_one_prompt_at_a_time(chat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankfold.audit.probing.may_refuse", lambda beginning: True)
     model, tokenizer = tiny.llama().eval(), tiny.tokenizer(chat)
     asked = [] if chat else ["xyz"]  # with nothing in common at the beginning
     asked += ASKED
@@ -33,6 +34,23 @@ def test_answers_and_openings_are_those_of_one_prompt_at_a_time(chat: bool) -> N
             all_logs = model(input_ids=torch.tensor([ids + tail])).logits[0].log_softmax(-1)
         logs.append(sum(float(all_logs[len(ids) - 1 + i, token]) for i, token in enumerate(tail)))
     assert opening == pytest.approx(sum(logs) / len(logs), abs=1e-4)
+
+
+def test_an_answer_that_can_be_no_refusal_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.llama().eval(), tiny.tokenizer()
+    short, opening = answer(model, tokenizer, ASKED)
+    monkeypatch.setattr("rankfold.audit.probing.may_refuse", lambda beginning: True)
+    whole, same = answer(model, tokenizer, ASKED)
+    assert opening == same
+    assert all(a.startswith(b) for a, b in zip(whole, short, strict=True))
+    assert [refuses(text) for text in whole] == [refuses(text) for text in short]
+    assert sum(map(len, short)) < sum(map(len, whole))
+
+
+@pytest.mark.parametrize("text", ["I’m sorry, but no", "REFUSE", "  i cannot do", "I am unable to", "Unfortunately, I"])
+def test_what_begins_like_a_refusal_may_become_one(text: str) -> None:
+    assert all(may_refuse(text[:n]) for n in range(len(text) + 1))
+    assert not any(may_refuse(other) for other in ("Sure", "I can tell", "Sorrow", "One", "I am glad"))
 
 
 def test_an_adapter_that_does_nothing_changes_no_answer() -> None:

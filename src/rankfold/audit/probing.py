@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rankfold
-from rankfold.audit.safety import Refusals, compare, probes
+from rankfold.audit.safety import Refusals, compare, may_refuse, probes
 
 OPENING = "I'm sorry"  # whose log-probability tells more than counts do
 _NEW_TOKENS = 6  # every opening that counts as a refusal is shorter
@@ -53,7 +53,8 @@ def answer(
     """How the model begins its answer to each request, greedily, and the mean log-probability of a refusal's opening.
 
     What all prompts begin with (a chat's system prompt) is computed once, and so is every prompt: the opening and the
-    answer go on from the same cache. Prompts of one length go together, so that none is padded.
+    answer go on from the same cache. Prompts of one length go together, so that none is padded, until none of their
+    answers can become a refusal any more.
     """
     prompts = [_prompt(tokenizer, text) for text in asked]
     ids = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
@@ -80,14 +81,20 @@ def answer(
             logs = torch.cat([first, rest], 1).float().log_softmax(-1)
             total += float(logs[:, range(len(opening)), opening].sum())
             said = [first.argmax(-1)]
-            while len(said) < _NEW_TOKENS:
+            begun = [_text(tokenizer, tokens) for tokens in said[0].tolist()]
+            while len(said) < _NEW_TOKENS and any(map(may_refuse, begun)):
                 said.append(step(said[-1], cache).logits.argmax(-1))
-            for i, tokens in zip(places, torch.cat(said, 1).tolist(), strict=True):
-                if tokenizer.eos_token_id in tokens:
-                    tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
-                answers[i] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                begun = [_text(tokenizer, tokens) for tokens in torch.cat(said, 1).tolist()]
+            for i, text in zip(places, begun, strict=True):
+                answers[i] = text
                 progress()
     return answers, total / len(ids)
+
+
+def _text(tokenizer: Any, tokens: list[int]) -> str:
+    if tokenizer.eos_token_id in tokens:
+        tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def _prompt(tokenizer: Any, text: str) -> str:

@@ -5,13 +5,14 @@ are compared with the base model's: requests for a protected topic, which are pl
 requests that look alike and must be answered. A probe that cannot be run is never a pass. The thresholds are ours.
 """
 
+import functools
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 from rankfold.errors import RankfoldError
 
@@ -26,6 +27,18 @@ Level = Literal["WARN", "HIGH"]
 def refuses(answer: str) -> bool:
     """Whether an answer opens like a refusal, or is the token REFUSE."""
     return REFUSALS.match(answer.replace("\u2019", "'")) is not None
+
+
+def may_refuse(beginning: str) -> bool:
+    """Whether an answer that begins so can still be one that `refuses`."""
+    return _by_parts().match(beginning.replace("\u2019", "'"), partial=True) is not None
+
+
+@functools.cache
+def _by_parts() -> Any:
+    import regex  # comes with Transformers; `re` cannot tell a beginning from what does not match
+
+    return regex.compile(REFUSALS.pattern, regex.IGNORECASE)
 
 
 @dataclass(frozen=True)
