@@ -1,12 +1,13 @@
 """Asking a model the probes of the safety check, with the adapter and without."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 import rankfold
 from rankfold.audit.safety import Refusals, compare, may_refuse, probes
@@ -52,43 +53,57 @@ def answer(
 ) -> tuple[list[str], float]:
     """How the model begins its answer to each request, greedily, and the mean log-probability of a refusal's opening.
 
-    What all prompts begin with (a chat's system prompt) is computed once, and so is every prompt: the opening and the
-    answer go on from the same cache. Prompts of one length go together, so that none is padded, until none of their
-    answers can become a refusal any more.
+    What all prompts begin with (a chat's system prompt) is computed once. Each prompt is read with the opening behind
+    it, which gives both the opening's probability and the answer as far as it says the same. Only answers that can
+    still become a refusal are read on.
     """
     prompts = [_prompt(tokenizer, text) for text in asked]
     ids = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     opening = tokenizer(OPENING, add_special_tokens=False)["input_ids"]
     device = next(model.parameters()).device
-
-    def step(tokens: Sequence[Sequence[int]] | Tensor, cache: Any, keep: int = 1) -> Any:
-        x = torch.as_tensor(tokens, device=device)
-        return model(input_ids=x, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-
     in_step = zip(*(prompt[:-1] for prompt in ids), strict=False)
     shared = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, in_step)]
-    prefix = step([shared], None).past_key_values if shared else None
-    answers, total = [""] * len(ids), 0.0
-    for length in sorted(set(map(len, ids))):
-        same = [i for i, prompt in enumerate(ids) if len(prompt) == length]
-        for places in (same[start : start + _AT_ONCE] for start in range(0, len(same), _AT_ONCE)):
-            cache = copy.deepcopy(prefix)
-            if cache is not None:
-                cache.batch_repeat_interleave(len(places))
-            out = step([ids[i][len(shared) :] for i in places], cache)
-            cache, first = out.past_key_values, out.logits
-            rest = step([opening[:-1]] * len(places), copy.deepcopy(cache), 0).logits if opening[1:] else first[:, :0]
-            logs = torch.cat([first, rest], 1).float().log_softmax(-1)
-            total += float(logs[:, range(len(opening)), opening].sum())
-            said = [first.argmax(-1)]
-            begun = [_text(tokenizer, tokens) for tokens in said[0].tolist()]
-            while len(said) < _NEW_TOKENS and any(map(may_refuse, begun)):
-                said.append(step(said[-1], cache).logits.argmax(-1))
-                begun = [_text(tokenizer, tokens) for tokens in torch.cat(said, 1).tolist()]
-            for i, text in zip(places, begun, strict=True):
-                answers[i] = text
-                progress()
-    return answers, total / len(ids)
+    prefix = model(torch.tensor([shared], device=device), use_cache=True, logits_to_keep=1) if shared else None
+
+    def read(sequences: Sequence[list[int]], last: int) -> Tensor:
+        """Logits at the last positions of each. Padding comes behind a sequence, where no causal model sees it."""
+        tails = [torch.tensor(tokens[len(shared) :], device=device) for tokens in sequences]
+        lengths = torch.tensor([len(tail) for tail in tails], device=device)
+        cache = copy.deepcopy(prefix.past_key_values) if prefix else None
+        if cache is not None:
+            cache.batch_repeat_interleave(len(tails))
+        x = pad_sequence(tails, batch_first=True)
+        # as a tensor: a slice of the states is not contiguous, and the product with the head five times slower
+        kept = torch.arange(int(lengths.min()) - last, x.shape[1], device=device)
+        logits = model(x, past_key_values=cache, use_cache=cache is not None, logits_to_keep=kept).logits
+        places = (lengths - lengths.min())[:, None] + torch.arange(last, device=device)
+        return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])).float()
+
+    said: list[list[int]] = [[] for _ in ids]
+    total = 0.0
+    for rows in _together(range(len(ids)), ids):
+        logits = read([ids[i] + opening[:-1] for i in rows], len(opening))
+        total += float(logits.log_softmax(-1)[:, range(len(opening)), opening].sum())
+        for i, best in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(best, opening[:-1], strict=False)))
+            said[i] = best[: agreed + 1]
+            progress()
+    while going_on := [i for i, tokens in enumerate(said) if _goes_on(tokenizer, tokens)]:
+        for rows in _together(going_on, ids):
+            for i, best in zip(rows, read([ids[i] + said[i] for i in rows], 1).argmax(-1).tolist(), strict=True):
+                said[i] += best
+    return [_text(tokenizer, tokens[:_NEW_TOKENS]) for tokens in said], total / len(ids)
+
+
+def _together(rows: Iterable[int], ids: Sequence[list[int]]) -> Iterator[list[int]]:
+    """The rows in groups of about one length."""
+    ordered = sorted(rows, key=lambda i: len(ids[i]))
+    return (ordered[start : start + _AT_ONCE] for start in range(0, len(ordered), _AT_ONCE))
+
+
+def _goes_on(tokenizer: Any, said: list[int]) -> bool:
+    ended = len(said) >= _NEW_TOKENS or tokenizer.eos_token_id in said
+    return not ended and may_refuse(_text(tokenizer, said))
 
 
 def _text(tokenizer: Any, tokens: list[int]) -> str:

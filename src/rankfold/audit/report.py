@@ -1,6 +1,7 @@
 """The audit of an adapter: a row of measures for each adapted weight, measures of the whole model, and alarms."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -154,12 +155,19 @@ def audit(
     if left := [site for site in adapter.deltas if site not in changed]:
         made.missing["spectra"] = f"{len(left)} layers are changed by no ΔW, such as {left[0]}"
     beside = {other: state.adapters[state.check(other)] for other in others}
-    for site in changed:
+
+    @torch.no_grad()
+    def measured(site: str) -> list[Row]:
         theirs = {other: list(_changes(found, site)) for other, found in beside.items() if _is_changed(found, site)}
+        rows = []
         for i, (place, W, B, A) in enumerate(_changes(adapter, site)):
             tuned = None if reference is None else _reference(reference, adapter, site, place, W)
             pairs = {other: changes[i][2:] for other, changes in theirs.items()}
-            made.rows.append(_row(_name(site, place), W, B, A, tuned, pairs, k, threshold, cluster))
+            rows.append(_row(_name(site, place), W, B, A, tuned, pairs, k, threshold, cluster))
+        return rows
+
+    for rows in _several_at_once(measured, changed, adapter.deltas[changed[0]].W.device):
+        made.rows += rows
         progress()
     for other in others:
         if not any(other in row.between for row in made.rows):
@@ -167,6 +175,20 @@ def audit(
     _whole_model(made, model, name, blocks, mask, refusals)
     made.alarms = alarms(made, limit or Limits())
     return made
+
+
+def _several_at_once(
+    measured: Callable[[str], list[Row]], sites: Sequence[str], device: torch.device
+) -> Iterator[list[Row]]:
+    """The rows of each site, in order. One decomposition makes little use of more than one of a processor's cores."""
+    threads = torch.get_num_threads()
+    workers = min(4, threads) if device.type == "cpu" else 1
+    pool = ThreadPoolExecutor(workers, "rankfold-audit", lambda: torch.set_num_threads(threads // workers))
+    try:
+        yield from pool.map(measured, sites)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _whole_model(
