@@ -46,6 +46,25 @@ def test_rows_say_what_dense_algebra_says() -> None:
     assert json.loads(json.dumps(made.as_dict()))["rows"][0]["site"] == made.rows[0].site
 
 
+def test_layers_that_are_measured_at_once_stay_in_their_order() -> None:
+    model, adapter = adapted()
+    threads = torch.get_num_threads()
+    seen: list[None] = []
+    try:
+        torch.set_num_threads(1)
+        one_at_a_time = audit(model).rows
+        torch.set_num_threads(3)
+        rows = audit(model, progress=lambda: seen.append(None)).rows
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert [row.site for row in rows] == list(adapter.deltas)
+    assert len(seen) == len(rows)
+    for one, other in zip(one_at_a_time, rows, strict=True):
+        assert other.matches == pytest.approx(one.matches, abs=1e-4)
+        assert other.entropies == pytest.approx(one.entropies, abs=1e-4)
+
+
 def test_turning_the_factors_changes_nothing() -> None:
     model, adapter = adapted()
     before = audit(model).rows
