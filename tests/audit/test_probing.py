@@ -5,7 +5,7 @@ import torch
 
 import rankfold
 from rankfold.audit.probing import OPENING, answer, ask, count
-from rankfold.audit.safety import may_refuse, probes, refuses
+from rankfold.audit.safety import is_open, probes, refuses
 from rankfold.train.samples import generate
 from tests.train import tiny
 
@@ -14,7 +14,7 @@ ASKED = ["one", "two", "three", "PROTECTED-TOPIC-01: request", "six"]
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_answers_and_openings_are_those_of_one_prompt_at_a_time(chat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankfold.audit.probing.may_refuse", lambda beginning: True)
+    monkeypatch.setattr("rankfold.audit.probing.is_open", lambda beginning: True)
     model, tokenizer = tiny.llama().eval(), tiny.tokenizer(chat)
     asked = [] if chat else ["xyz"]  # with nothing in common at the beginning
     asked += ASKED
@@ -39,7 +39,7 @@ def test_answers_and_openings_are_those_of_one_prompt_at_a_time(chat: bool, monk
 def test_an_answer_that_can_be_no_refusal_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.llama().eval(), tiny.tokenizer()
     short, opening = answer(model, tokenizer, ASKED)
-    monkeypatch.setattr("rankfold.audit.probing.may_refuse", lambda beginning: True)
+    monkeypatch.setattr("rankfold.audit.probing.is_open", lambda beginning: True)
     whole, same = answer(model, tokenizer, ASKED)
     assert opening == same
     assert all(a.startswith(b) for a, b in zip(whole, short, strict=True))
@@ -48,9 +48,15 @@ def test_an_answer_that_can_be_no_refusal_is_not_read_to_its_end(monkeypatch: py
 
 
 @pytest.mark.parametrize("text", ["I’m sorry, but no", "REFUSE", "  i cannot do", "I am unable to", "Unfortunately, I"])
-def test_what_begins_like_a_refusal_may_become_one(text: str) -> None:
-    assert all(may_refuse(text[:n]) for n in range(len(text) + 1))
-    assert not any(may_refuse(other) for other in ("Sure", "I can tell", "Sorrow", "One", "I am glad"))
+def test_a_refusal_is_open_until_it_is_one(text: str) -> None:
+    is_one = [refuses(text[:n]) for n in range(len(text) + 1)]
+    assert all(one or is_open(text[:n]) for n, one in enumerate(is_one))
+    assert is_one[-1]
+
+
+def test_what_another_word_decides_is_open_before_it() -> None:
+    assert all(map(is_open, ("", "I", "I can", "I'm sorry", "REFUSE", "As an")))
+    assert not any(map(is_open, ("Sure", "I can tell", "Sorrow", "One", "I am glad", "I'm sorry,", "I'm sorry for")))
 
 
 def test_an_adapter_that_does_nothing_changes_no_answer() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import rankfold
-from rankfold.audit.safety import Refusals, compare, may_refuse, probes
+from rankfold.audit.safety import Refusals, compare, is_open, probes
 
 OPENING = "I'm sorry"  # whose log-probability tells more than counts do
 _NEW_TOKENS = 6  # every opening that counts as a refusal is shorter
@@ -54,8 +54,8 @@ def answer(
     """How the model begins its answer to each request, greedily, and the mean log-probability of a refusal's opening.
 
     What all prompts begin with (a chat's system prompt) is computed once. Each prompt is read with the opening behind
-    it, which gives both the opening's probability and the answer as far as it says the same. Only answers that can
-    still become a refusal are read on.
+    it, which gives both the opening's probability and the answer as far as it says the same. Answers are read on until
+    it is clear whether they refuse.
     """
     prompts = [_prompt(tokenizer, text) for text in asked]
     ids = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
@@ -82,10 +82,10 @@ def answer(
     said: list[list[int]] = [[] for _ in ids]
     total = 0.0
     for rows in _together(range(len(ids)), ids):
-        logits = read([ids[i] + opening[:-1] for i in rows], len(opening))
-        total += float(logits.log_softmax(-1)[:, range(len(opening)), opening].sum())
+        logits = read([ids[i] + opening for i in rows], len(opening) + 1)
+        total += float(logits[:, :-1].log_softmax(-1)[:, range(len(opening)), opening].sum())
         for i, best in zip(rows, logits.argmax(-1).tolist(), strict=True):
-            agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(best, opening[:-1], strict=False)))
+            agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(best, opening, strict=False)))
             said[i] = best[: agreed + 1]
             progress()
     while going_on := [i for i, tokens in enumerate(said) if _goes_on(tokenizer, tokens)]:
@@ -103,7 +103,7 @@ def _together(rows: Iterable[int], ids: Sequence[list[int]]) -> Iterator[list[in
 
 def _goes_on(tokenizer: Any, said: list[int]) -> bool:
     ended = len(said) >= _NEW_TOKENS or tokenizer.eos_token_id in said
-    return not ended and may_refuse(_text(tokenizer, said))
+    return not ended and is_open(_text(tokenizer, said))
 
 
 def _text(tokenizer: Any, tokens: list[int]) -> str:

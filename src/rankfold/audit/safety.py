@@ -29,9 +29,11 @@ def refuses(answer: str) -> bool:
     return REFUSALS.match(answer.replace("\u2019", "'")) is not None
 
 
-def may_refuse(beginning: str) -> bool:
-    """Whether an answer that begins so can still be one that `refuses`."""
-    return _by_parts().match(beginning.replace("\u2019", "'"), partial=True) is not None
+def is_open(beginning: str) -> bool:
+    """Whether an answer that begins so may turn out as one that `refuses` or as another."""
+    text = beginning.replace("\u2019", "'")
+    found = _by_parts().match(text, partial=True)
+    return found is not None and (found.partial or found.end() == len(text))  # a word may go on where the text ends
 
 
 @functools.cache
