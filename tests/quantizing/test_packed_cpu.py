@@ -1,6 +1,5 @@
 """Products with packed weights that Numba compiles: those of the formulas, to the bit where no sum is rounded."""
 
-import os
 from typing import Any
 
 import pytest
@@ -61,19 +60,6 @@ def test_threads_share_the_rows(group: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(packed_cpu.rows(packed, 48, kind), alone[0])
     assert torch.equal(packed_cpu.rows(packed, 48, kind, x), alone[1])
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    packed_cpu.threads(2).submit(int).result()
-    if (child := os.fork()) == 0:
-        try:
-            packed_cpu.threads(2).submit(int).result(10)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("along", ["in", "out"])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankfold.core.compiled import threads
+from rankfold.core.compiled import in_parts
 from rankfold.core.packed import BITS, PACK, Packed, Scheme, unpack
 
 numba: Any = importlib.import_module("numba")
@@ -229,11 +229,7 @@ def rows(packed: Packed, n: int, scheme: Scheme, x: Tensor | None = None) -> Ten
     lanes = _LANES * (PACK[BITS[scheme.format]][0] if scheme.format.startswith("int") else 1)
     run = _product if x is not None and len(x) == 1 and n % group == 0 == group % lanes else _rows
     parts = max(1, min(torch.get_num_threads(), height * n // _SHARE))
-    ends = [height * part // parts for part in range(parts + 1)]
-    others = [threads(parts).submit(run, *arguments, *ends[part : part + 2]) for part in range(1, parts)]
-    run(*arguments, *ends[:2])
-    for other in others:
-        other.result()
+    in_parts(run, arguments, [height * part // parts for part in range(parts + 1)])
     return out
 
 

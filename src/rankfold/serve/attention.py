@@ -7,17 +7,31 @@ by a mask. Importing this registers the implementation `rankfold_paged`.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from rankfold.core.compiled import compiled
 from rankfold.errors import RankfoldError, UnsupportedError
 from rankfold.serve.pool import Pool, Table
 
 NAME = "rankfold_paged"
+
+
+class _Kept(NamedTuple):
+    """The keys, or the values, of one layer: the first heads · d numbers of `rows`, one row a token."""
+
+    rows: Tensor
+    heads: int
+    d: int
+
+    def read(self, rows: Tensor) -> Tensor:
+        """(requests, heads, n, d) for rows (requests, n)."""
+        there = self.rows.index_select(0, rows.flatten())[:, : self.heads * self.d]
+        return there.view(*rows.shape, self.heads, self.d).transpose(-3, -2)
 
 
 class _Decodes:
@@ -33,6 +47,15 @@ class _Decodes:
         token = torch.where(token < lengths[:, None], token, 0)  # a row that is there stands in for those that are not
         self.rows = pool.row(pages.gather(1, token // pool.block), token % pool.block)
         self._lengths, self._masks = lengths, dict[int | None, Tensor | None]()
+
+    def attend(self, q: Tensor, keys: _Kept, values: _Kept, scale: float | None, window: int | None) -> Tensor:
+        fits = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+        if fits and (loop := compiled("numba", "rankfold.serve.attention_cpu")) is not None:
+            return loop.attend(q, keys, values, self.rows, self._lengths, scale, window)
+        # The query heads that share a key head are as so many queries.
+        asked, mask = q.unflatten(1, (keys.heads, -1)), self.mask(window)
+        y = F.scaled_dot_product_attention(asked, keys.read(self.rows), values.read(self.rows), mask, scale=scale)
+        return y.flatten(1, 2)
 
     def to(self, device: torch.device) -> "_Decodes":
         self.rows, self._lengths = self.rows.to(device), self._lengths.to(device)
@@ -60,6 +83,14 @@ class _Prefill:
         self.n, self.rows = n, pool.row(pages, token % pool.block)
         self.at = _places([start + i for start in starts for i in range(n)])
         self._masks = dict[int | None, Tensor | None]()
+
+    def attend(self, q: Tensor, keys: _Kept, values: _Kept, scale: float | None, window: int | None) -> Tensor:
+        asked, mask = q.unflatten(0, (-1, self.n)).transpose(1, 2), self.mask(window)
+        y = F.scaled_dot_product_attention(
+            asked, keys.read(self.rows), values.read(self.rows), mask,
+            is_causal=mask is None, scale=scale, enable_gqa=keys.heads != q.shape[1],
+        )  # fmt: skip
+        return y.transpose(1, 2).flatten(0, 1)
 
     def to(self, device: torch.device) -> "_Prefill":
         self.rows = self.rows.to(device)
@@ -92,7 +123,7 @@ class Step:
 
     def __init__(self, pool: Pool, tables: Sequence[Table], new: Sequence[int]):
         self.pool, device = pool, pool.rows.device
-        positions, rows, self._parts = [], [], list[Any]()
+        positions, rows, self._parts = [], [], list[_Decodes | _Prefill]()
         decodes, prefills = dict[int, list[tuple[int, Table]]](), dict[tuple[int, int], list[tuple[int, Table]]]()
         at = 0
         for table, n in zip(tables, new, strict=True):
@@ -116,29 +147,13 @@ class Step:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
         """q (N, H, D), k and v (N, H_kv, D): written to the pool, and (N, H, D) of what each row reads there."""
-        keys, heads = self.pool.rows[layer * self.pool.layer_step :], k.shape[1]
-        values = keys[self.pool.value_step :]
-        keys[self._write, : k[0].numel()] = k.flatten(1)
-        values[self._write, : v[0].numel()] = v.flatten(1)
-
-        def read(memory: Tensor, rows: Tensor, like: Tensor) -> Tensor:
-            """(requests, H_kv, rows, D)"""
-            there = memory.index_select(0, rows.flatten())[:, : like[0].numel()]
-            return there.view(*rows.shape, heads, -1).transpose(-3, -2)
-
+        rows, heads = self.pool.rows[layer * self.pool.layer_step :], k.shape[1]
+        keys, values = _Kept(rows, heads, k.shape[2]), _Kept(rows[self.pool.value_step :], heads, v.shape[2])
+        keys.rows[self._write, : k[0].numel()] = k.flatten(1)
+        values.rows[self._write, : v[0].numel()] = v.flatten(1)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         for part in self._parts:
-            K, V, mask = read(keys, part.rows, k), read(values, part.rows, v), part.mask(window)
-            if isinstance(part, _Decodes):  # the query heads that share a key head are as so many queries
-                asked = q[part.at].unflatten(1, (heads, -1))
-                y = F.scaled_dot_product_attention(asked, K, V, mask, scale=scale)
-                out[part.at] = y.flatten(1, 2)
-            else:
-                asked, grouped = q[part.at].unflatten(0, (-1, part.n)).transpose(1, 2), heads != q.shape[1]
-                y = F.scaled_dot_product_attention(
-                    asked, K, V, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-                )
-                out[part.at] = y.transpose(1, 2).flatten(0, 1)
+            out[part.at] = part.attend(q[part.at], keys, values, scale, window)
         return out
 
 

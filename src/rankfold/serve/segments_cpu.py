@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfold.core.compiled import threads
+from rankfold.core.compiled import in_parts
 from rankfold.serve.segments import LONG, Table, add_each
 
 numba: Any = importlib.import_module("numba")
@@ -40,8 +40,5 @@ def add_products(y: Tensor, x: Tensor, table: Table) -> None:
     arguments, segments = (y.numpy(), x.numpy(), table.numbers.numpy(), table.pieces.numpy()), len(table.ends) - 1
     parts = min(torch.get_num_threads(), segments)
     ends = [int(table.ends[segments * part // parts]) for part in range(parts + 1)]  # a row is one thread's alone
-    others = [threads(parts).submit(_add, *arguments, *ends[part : part + 2]) for part in range(1, parts)]
-    _add(*arguments, *ends[:2])
-    for other in others:
-        other.result()
+    in_parts(_add, arguments, ends)
     add_each(y, x, table.numbers, table.long)
