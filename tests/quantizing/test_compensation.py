@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import rankfold
 from rankfold.core.packed import PackedLinear, Scheme, dequantise
 from rankfold.errors import RankfoldError
-from rankfold.quantizers._quantizer import whitened
+from rankfold.quantizers._quantizer import nearest
 from rankfold.quantizers.eora import eigenspace
 from rankfold.quantizers.rtn import RTN
 from tests.methods.support import DOUBLE, close, draw
@@ -17,7 +17,7 @@ from tests.methods.support import DOUBLE, close, draw
 
 def test_lorc_by_hand() -> None:
     E = torch.diag(torch.tensor([3.0, 2, 1], dtype=DOUBLE))
-    B, A = whitened(E, 1)
+    B, A = nearest(E, 1)
     close(B @ A, torch.diag(torch.tensor([3.0, 0, 0], dtype=DOUBLE)))
     assert float((E - B @ A).norm()) == pytest.approx(5**0.5)
 
@@ -26,7 +26,7 @@ def test_the_error_is_what_the_singular_values_say() -> None:
     E = draw(7, 5, seed=1)
     sigma, last = torch.linalg.svdvals(E), float("inf")
     for m in range(1, 6):
-        B, A = whitened(E, m)
+        B, A = nearest(E, m)
         error = float((E - B @ A).square().sum())
         assert error == pytest.approx(float(sigma[m:].square().sum()), abs=1e-12)
         assert error < last
@@ -36,7 +36,7 @@ def test_the_error_is_what_the_singular_values_say() -> None:
 def test_factors_in_8_bits_lose_next_to_nothing() -> None:
     """ZeroQuant-V2 keeps them so: here each row of B and of A with a scale of its own."""
     E, kind = draw(64, 48, seed=3), Scheme(format="int8", group="channel", symmetric=True, scales="float32")
-    B, A = whitened(E, 8)
+    B, A = nearest(E, 8)
     rounded = [dequantise(RTN().quantise(M, kind, None, ""), tuple(M.shape), kind, DOUBLE) for M in (B, A)]  # type: ignore[arg-type]
     exact, kept = float((E - B @ A).norm()), float((E - rounded[0] @ rounded[1]).norm())
     assert exact < kept < 1.001 * exact
@@ -50,7 +50,7 @@ def test_eora_by_hand() -> None:
         rest = E - pair[0] @ pair[1]
         return float((rest @ C * rest).sum())
 
-    assert output_error(whitened(E, 1)) == pytest.approx(3.24)
+    assert output_error(nearest(E, 1)) == pytest.approx(3.24)
     B, A = eigenspace(E, C, 1)
     close(B @ A, torch.diag(torch.tensor([0, 0.9], dtype=DOUBLE)))
     assert output_error((B, A)) == pytest.approx(1.0)
@@ -65,7 +65,7 @@ def test_eoras_error_is_what_its_singular_values_say_and_no_more_than_lorcs() ->
         B, A = eigenspace(E, C, r)
         error = float((X @ (E - B @ A).mT).square().sum())
         assert error == pytest.approx(float(sigma[r:].square().sum()), rel=1e-9)
-        plain = whitened(E, r)
+        plain = nearest(E, r)
         assert error < float((X @ (E - plain[0] @ plain[1]).mT).square().sum())
 
 
@@ -73,7 +73,7 @@ def test_equal_inputs_make_eora_lorc_and_only_their_shape_counts() -> None:
     E, C = draw(6, 5, seed=5), draw(9, 5, seed=6)
     C = C.mT @ C
     for mine, theirs in (
-        (eigenspace(E, 3 * torch.eye(5, dtype=DOUBLE), 2), whitened(E, 2)),
+        (eigenspace(E, 3 * torch.eye(5, dtype=DOUBLE), 2), nearest(E, 2)),
         (eigenspace(E, 7 * C, 2), eigenspace(E, C, 2)),
     ):
         close(mine[0] @ mine[1], theirs[0] @ theirs[1], atol=1e-10)

@@ -109,12 +109,11 @@ def weight(layer: nn.Linear) -> Tensor:
     return W if W.dtype == torch.float64 else W.float()
 
 
-def whitened(E: Tensor, rank: int, S: Tensor | None = None, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """B and A of that rank with the least `‖(E − B A) S‖`, S (in, in) with its inverse; without S, `‖E − B A‖`."""
-    U, sigma, Vh = svd(E if S is None else E @ S, rank)
+def nearest(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B and A of that rank with the least `‖E − B A‖`."""
+    U, sigma, Vh = svd(E, rank)
     root = sigma.sqrt()
-    A = root[:, None] * Vh
-    return U * root, A if inverse is None else A @ inverse
+    return U * root, root[:, None] * Vh
 
 
 @dataclass(frozen=True)

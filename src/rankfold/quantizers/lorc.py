@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rankfold.core.calibration import Calibration
-from rankfold.quantizers._quantizer import Compensation, whitened
+from rankfold.quantizers._quantizer import Compensation, nearest
 
 
 class LoRC(Compensation):
@@ -27,4 +27,4 @@ class LoRC(Compensation):
     rank: Annotated[int, Field(ge=1, description="m")] = 8
 
     def factors(self, E: Tensor, statistics: Calibration | None, site: str) -> tuple[Tensor, Tensor]:
-        return whitened(E, self.rank)
+        return nearest(E, self.rank)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankfold.core.calibration import Calibration
 from rankfold.quantizers._distil import Teacher, Trained, distil
-from rankfold.quantizers._quantizer import Compensation, whitened
+from rankfold.quantizers._quantizer import Compensation, nearest
 
 
 class LREC(Compensation):
@@ -44,7 +44,7 @@ class LREC(Compensation):
 
     def factors(self, E: Tensor, statistics: Calibration | None, site: str) -> tuple[Tensor, Tensor]:
         if self.start == "lorc":
-            return whitened(E, self.rank)
+            return nearest(E, self.rank)
         drawn = torch.Generator().manual_seed(self.seed + zlib.crc32(site.encode()))
         A = torch.empty(min(self.rank, *E.shape), E.shape[1])
         nn.init.kaiming_uniform_(A, math.sqrt(5), generator=drawn)

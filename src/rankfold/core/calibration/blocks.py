@@ -5,7 +5,7 @@ collects statistics of them, runs, and shows what any module in it is called wit
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,11 +22,12 @@ from rankfold.errors import RankfoldError
 
 
 class Seen(NamedTuple):
-    """One call of a module: its arguments, and the tensor it gave (the first of several)."""
+    """One call of a module: its arguments, and the tensor it gave; the first of several, where not `alone`."""
 
     args: tuple[Any, ...]
     named: dict[str, Any]
     y: Tensor
+    alone: bool
 
     def again(self, module: nn.Module) -> Tensor:
         return _tensor(module(*self.args, **self.named))
@@ -183,24 +184,58 @@ def _whole(model: nn.Module, given: Any) -> Call:
     return Call(None, None, [(tuple(batch) if isinstance(batch, list) else (batch,), {})], {})
 
 
+class _EnoughError(Exception):
+    """The last block has been called."""
+
+
 def _calls(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Any]) -> list[Call]:
     """Each batch's call of the blocks in a row; of the first block alone where the next ones do not see its output."""
     calls: list[Call] = []
     alone: list[Call] = []
-    chained, device = True, next(model.parameters()).device
+    chained, passed, device = True, False, next(model.parameters()).device
     for given in batches:
         batch = to_device(given, device)
         masks = _masks(batch)
-        with _at_rest(model), _recorded(blocks) as seen:
+        with _at_rest(model), _recorded(blocks) as seen, _passed(blocks if passed else ()):
             forward(model, batch)
         split = [[_split(one) for one in block] for block in seen]
         chained &= all(len(block) == 1 for block in seen)
         chained = chained and all(later[0][0] is block[0].y for block, later in zip(seen, split[1:], strict=False))
+        passed = chained and all(block[0].alone for block in seen)
         alone += [Call(x, x, [others], masks) for x, others in split[0]]
         if chained:
             x = split[0][0][0]
             calls.append(Call(x, x, [block[0][1] for block in split], masks))
     return calls if chained else alone
+
+
+@contextmanager
+def _passed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Meanwhile these give back what they are given, and the last one ends the model's forward.
+
+    For blocks in a chain that give hidden states alone, on which the other arguments of the next ones cannot depend.
+    """
+
+    def given(*args: Any, **named: Any) -> Tensor:
+        return args[0] if args else named["hidden_states"]
+
+    def enough(*_: Any) -> None:
+        raise _EnoughError
+
+    own = [block.__dict__.get("forward") for block in blocks]
+    hook = blocks[-1].register_forward_hook(enough) if blocks else None
+    try:
+        for block in blocks:
+            block.forward = given
+        with suppress(_EnoughError):
+            yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+        if hook is not None:
+            hook.remove()
 
 
 def _split(seen: Seen) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -227,7 +262,8 @@ def _recorded(modules: Sequence[nn.Module]) -> Iterator[list[list[Seen]]]:
     seen: list[list[Seen]] = [[] for _ in modules]
     hooks = [
         module.register_forward_hook(
-            lambda _, args, named, y, there=there: there.append(Seen(args, named, _tensor(y))), with_kwargs=True
+            lambda _, args, named, y, there=there: there.append(Seen(args, named, _tensor(y), y is _tensor(y))),
+            with_kwargs=True,
         )
         for module, there in zip(modules, seen, strict=True)
     ]
