@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py --parts base,distinct,many,cold,first_token
 
-SmolLM2-135M, float32, adapters of ranks 8 to 64 on q_proj and v_proj, prompts of 32 tokens, greedy.
+SmolLM2-135M, float32, adapters of ranks 8 to 64 on `--targets`, prompts of 32 tokens, greedy.
 base: 32 requests of the base model, over a padded batch of `generate`.
 distinct: 32 requests of 32 adapters, over PEFT's `generate(adapter_names=...)` and over merging each adapter in turn.
 many: requests of 2,000 adapters on disk by Zipf's law, over as many requests of one adapter. The names are links to
@@ -41,10 +41,10 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [[draw.randrange(1000, 40000) for _ in range(PROMPT)] for _ in range(count)]
 
 
-def make_adapters(model, folder: Path, count: int) -> None:
+def make_adapters(model, folder: Path, count: int, targets: list[str]) -> None:
     for i in range(count):
         adapter = rankfold.attach(
-            model, rankfold.LoRA(rank=RANKS[i % 4], alpha=RANKS[i % 4]), ["q_proj", "v_proj"], name=f"a{i}", seed=i
+            model, rankfold.LoRA(rank=RANKS[i % 4], alpha=RANKS[i % 4]), targets, name=f"a{i}", seed=i
         )
         generator = torch.Generator().manual_seed(i)
         with torch.no_grad():
@@ -61,10 +61,15 @@ def serve(engine: Engine, asked: list[tuple[list[int], str | None]], new: int) -
     return [request.result() for request in requests]
 
 
+def whole(given) -> Limits:
+    """All prompts in one forward, as `generate` takes them; the engine's default is half of that at 32 prompts."""
+    return Limits(batch=given.batch, step_tokens=given.batch * PROMPT)
+
+
 def base(model, given) -> list[dict]:
     texts = prompts(given.batch)
     ids = torch.tensor(texts)
-    engine = Engine(model, max_memory=given.megabytes << 20)
+    engine = Engine(model, max_memory=given.megabytes << 20, limits=whole(given))
     own: list = []
 
     def ours() -> None:
@@ -111,7 +116,7 @@ def distinct(model, folder: Path, given) -> list[dict]:
     for name in names:
         rankfold.load(merging, folder / name, name=name, active=False)
     plain = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": given.new}
-    engine = Engine(model, folder, max_memory=given.megabytes << 20)
+    engine = Engine(model, folder, max_memory=given.megabytes << 20, limits=whole(given))
 
     def ours() -> None:
         own[:] = serve(engine, list(zip(texts, names, strict=True)), given.new)
@@ -207,13 +212,14 @@ def main() -> None:
         adapters=2000,
         rounds=3,
         megabytes=2048,
+        targets="q_proj,v_proj",
     )
     parts, capacity = given.parts.split(","), 2.0
     model, rows = load(), []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if parts != ["base"]:
-            make_adapters(model, folder, 64)
+            make_adapters(model, folder, 64, given.targets.split(","))
         if "base" in parts:
             rows += base(model, given)
         if "distinct" in parts:

@@ -101,6 +101,8 @@ def test_dense_is_the_librarys_own_dequantisation(quantizer: str, shape: tuple[i
         pytest.skip("torchao's NF4 wants whole blocks of 64 numbers")
     original = nn.Linear(*shape)
     layer = QUANTIZERS[quantizer](nn.Sequential(copy.deepcopy(original)))[0]
+    if type(layer).__name__ == "Linear4bit":
+        layer.support_avx512bf16_for_cpu = False  # what its repacking does to weights is tested below
     expected, x = floats(layer), torch.randn(2, 5, shape[0])
     assert not is_plain(layer.weight)
     for training in (True, False):  # before, between and after forwards: bitsandbytes moves its scales in the first
@@ -304,6 +306,29 @@ def test_4bit_repacked_for_cpu_inference(double: bool) -> None:
     assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
     rankfold.detach(model)
     assert layer.support_avx512bf16_for_cpu
+
+
+def test_layers_beside_adapted_ones_are_not_repacked_either() -> None:
+    """A layer that bitsandbytes repacked in an evaluation could not take part in training afterwards."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    model = net("bitsandbytes-nf4")
+    expected = floats(model[2])
+    for layer in (model[0], model[2]):
+        layer.support_avx512bf16_for_cpu = True
+    weight = model[2].weight
+    weight.data, _ = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    adapter = attach(model, "lora", targets=("0",))
+    scramble(adapter)
+    with torch.no_grad():
+        model.eval()(torch.randn(3, 64))
+    assert not getattr(weight.quant_state, "packing_format_for_cpu", False)
+    same(floats(model[2]), expected, 0.01)
+    model.train()(torch.randn(3, 64)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+    rankfold.detach(model)
+    assert model[0].support_avx512bf16_for_cpu
+    assert model[2].support_avx512bf16_for_cpu
 
 
 def test_a_base_without_gradient_is_refused_instead_of_training_wrongly() -> None:

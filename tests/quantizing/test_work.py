@@ -5,12 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rankfold
+from rankfold.core.codebooks import Codebooks
 from rankfold.core.packed import PackedLinear, Scheme
 from rankfold.errors import RankfoldError
+from rankfold.quantizers import _distil
 from rankfold.quantizers.gptq import GPTQ
+from rankfold.quantizers.pv_tuning import PVTuning
 from tests.quantizing.test_compensation import Stack, stack
 
 SCHEME = Scheme(format="int3", group=8)
@@ -66,6 +71,57 @@ def test_every_kind_of_packed_weight_is_kept(tmp_path: Path) -> None:
         for path, layer in one.named_modules():
             if isinstance(layer, PackedLinear):
                 assert again.get_submodule(path).scheme == layer.scheme
+
+
+TRAINED = {
+    "lrec": {"how": "rtn", "compensate": rankfold.build("lrec", rank=2, epochs=3), "targets": ["up", "down"]},
+    "pv-tuning": {
+        "scheme": Codebooks(books=1, bits=2, width=2),
+        "how": PVTuning(epochs=3, rho=0.1, tau=0.1),
+        "compensate": None,
+        "targets": ["up", "down"],
+    },
+}
+
+
+@pytest.mark.parametrize("slug", list(TRAINED))
+def test_training_over_all_layers_goes_on_after_the_steps_that_were_kept(
+    slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_distil, "PATIENCE", 0.0)
+    told: list[tuple[int, int]] = []
+    expected = state(quantised(None, **TRAINED[slug], trained=lambda *steps: told.append(steps)))
+    total = told[-1][1]
+    assert told == [(n + 1, total) for n in range(total)]
+    assert total >= 5
+
+    def stop(done: int, of: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantised(tmp_path, **TRAINED[slug], trained=stop)
+    told.clear()
+    starts: list[int] = []
+    plain = PVTuning.start
+    monkeypatch.setattr(PVTuning, "start", lambda *args: starts.append(1) or plain(*args))
+    found = state(quantised(tmp_path, **TRAINED[slug], trained=lambda *steps: told.append(steps)))
+    assert told[0][0] in (2, 3, 4, 5), "kept more seldom only where writing takes over a twentieth of the time"
+    assert told[-1] == (total, total)
+    assert not starts
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    told.clear()
+    again = state(quantised(tmp_path, **TRAINED[slug], trained=lambda *steps: told.append(steps)))
+    assert not told
+    assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+    cut = load_file(tmp_path / "training.safetensors")
+    with safe_open(tmp_path / "training.safetensors", "pt") as file:
+        metadata = file.metadata()
+    cut.pop(next(key for key in sorted(cut) if "exp_avg" not in key and "step" not in key))
+    save_file(cut, tmp_path / "training.safetensors", metadata)
+    with pytest.raises(RankfoldError, match=r"training\.safetensors is damaged"):
+        quantised(tmp_path, **TRAINED[slug])
 
 
 @pytest.mark.parametrize(

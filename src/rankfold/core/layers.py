@@ -189,8 +189,6 @@ class Adapted:
 
 class AdaptedLinear(Adapted):
     kind = "linear"
-    # bitsandbytes asks this of its layers before it repacks their 4-bit weights for inference: see `quantized.prepare`.
-    support_avx512bf16_for_cpu = property(lambda self: False)
 
     @staticmethod
     def sites(name: str, layer: Any) -> list[Site]:

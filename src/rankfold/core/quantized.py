@@ -12,6 +12,7 @@ from rankfold.errors import UnsupportedError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BITSANDBYTES = ("Params4bit", "Int8Params")
+_REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes asks this of its layers
 _NOT_YET = (
     "the bitsandbytes weight is not quantised yet, which happens when the layer is moved to its device: call "
     'model.to(device) first (also for "cpu")'
@@ -72,11 +73,7 @@ def dense(weight: Tensor, layer: Any = None) -> Tensor:
 
 
 def prepare(layer: Any, name: str) -> None:
-    """Before a layer is adapted: refuse a bitsandbytes weight that is not quantised yet, and undo its CPU repacking.
-
-    bitsandbytes repacks 4-bit weights for inference on CPUs with AVX512-BF16, rounds their scales while at it, and has
-    no gradient through that layout. Adapted layers never repack (see `AdaptedLinear`); one that was is turned back.
-    """
+    """Before a layer is adapted: refuse a bitsandbytes weight that is not quantised yet."""
     weight = layer._parameters.get("weight")
     if type(weight).__name__ not in _BITSANDBYTES:
         return
@@ -84,8 +81,28 @@ def prepare(layer: Any, name: str) -> None:
     quantised = state is not None or weight.dtype == torch.int8 or getattr(weight, "has_fp16_weights", False)
     if not quantised:
         raise UnsupportedError(f"{name}: {_NOT_YET}")
-    if _is_packed(state):
-        weight.data, weight.quant_state = _unpacked(weight.data, state)
+
+
+def without_repacking(model: nn.Module) -> list[nn.Module]:
+    """Turn back what bitsandbytes repacked for inference, and keep it from doing so; the layers, for `repack_again`.
+
+    On CPUs with AVX512-BF16 it repacks 4-bit weights in the first forward in eval mode, rounds their scales while at
+    it, refuses sizes that are no multiple of 32, and has no gradient through that layout: a layer that is not adapted
+    itself but lies behind an adapted one would stop the training that follows an evaluation.
+    """
+    layers = [module for module in model.modules() if module.__dict__.get(_REPACKS)]
+    for layer in layers:
+        layer.__dict__[_REPACKS] = False
+        weight: Any = layer._parameters["weight"]
+        if _is_packed(state := _state_4bit(weight, layer)):
+            weight.data, weight.quant_state = _unpacked(weight.data, state)
+    return layers
+
+
+def repack_again(layers: list[nn.Module]) -> None:
+    """Let bitsandbytes repack these layers again, as `without_repacking` found them."""
+    for layer in layers:
+        layer.__dict__[_REPACKS] = True
 
 
 def _state_4bit(weight: Tensor, layer: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.core.quantized import repack_again, without_repacking
 from rankfold.errors import RankfoldError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+=@-]{0,127}")
@@ -114,6 +115,7 @@ class State:
         self.originals: dict[str, Any] = {}
         self.untied = False
         self.trainable: set[str] = set()
+        self._repacking = without_repacking(model)
         self._hooks = [
             model.register_forward_pre_hook(self._enter, prepend=True),
             model.register_forward_hook(self._leave, always_call=True),
@@ -132,6 +134,7 @@ class State:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        repack_again(self._repacking)
 
     def check(self, name: str) -> str:
         if name not in self.adapters:

@@ -22,7 +22,7 @@ from rankfold.core.packed import Packed, PackedLinear, Scheme
 from rankfold.core.quantized import is_plain
 from rankfold.core.targets import Targets, find
 from rankfold.errors import RankfoldError, UnsupportedError
-from rankfold.quantizers._distil import Teacher, Trained
+from rankfold.quantizers._distil import Lesson, Teacher, Trained
 from rankfold.quantizers._work import Done, Work
 
 
@@ -65,6 +65,7 @@ class Quantizer(Component):
         exchange: Callable[..., None],
         progress: Callable[[str], object],
         trained: Trained,
+        work: Work | None,
     ) -> "dict[str, Quantised]":
         """All layers, by one that takes other schemes; `exchange(layer, made, None)` puts a packed one in its place."""
         raise NotImplementedError
@@ -91,15 +92,8 @@ class Compensation(Component):
     def distils(self) -> bool:
         return False
 
-    def distil(
-        self,
-        model: nn.Module,
-        parameters: Sequence[nn.Parameter],
-        batches: Sequence[Any],
-        teacher: Teacher,
-        trained: Trained,
-    ) -> None:
-        """Train the products' parameters, all in their places, on what the float model said of the batches."""
+    def distil(self, model: nn.Module, parameters: Sequence[nn.Parameter], lesson: Lesson) -> None:
+        """Train the products' parameters, all in their places, on what the float model said."""
         raise NotImplementedError
 
 
@@ -160,8 +154,8 @@ def quantize(
         name: of that adapter.
         progress: called after each layer, with its path.
         trained: called after each step of what trains over all layers (lrec, pv-tuning): how many are done, of all.
-        work: a folder where each block is kept as soon as it is done. The same call goes on after those that are
-            there; whoever has saved the model removes it.
+        work: a folder where each block is kept as soon as it is done, and each minute what trains over all layers.
+            The same call goes on after what is there; whoever has saved the model removes it.
 
     Returns:
         what became of each layer, by its path.
@@ -182,19 +176,19 @@ def quantize(
         calibration = list(calibration)
     elif calibration is not None and work is not None:
         raise RankfoldError("work= knows its data by the batches: quantize(..., calibration=batches)")
+    kept = None if work is None else Work(work, model, layers, scheme, rule, repair, calibration)
     if not isinstance(scheme, Scheme):
         if repair is not None:
             raise RankfoldError(f"{rule.slug} leaves nothing to {repair.slug}: its own tables are what trains")
         with torch.no_grad(), _as_it_was(model, []) as exchange:
             batches = calibration if isinstance(calibration, list) else None
-            return rule.all_of(model, layers, scheme, batches, exchange, progress or (lambda path: None), trained)
+            return rule.all_of(model, layers, scheme, batches, exchange, progress or (lambda path: None), trained, kept)
     needs = (*rule.needs(), *(() if repair is None else repair.needs()))
-    kept = None if work is None else Work(work, model, layers, scheme, rule, repair, calibration)
-    teacher = None
+    lesson = None
     if repair is not None and repair.distils:
         if not isinstance(calibration, list):
             raise RankfoldError(f"{repair.slug} trains on text: quantize(..., calibration=batches)")
-        teacher = Teacher(model, calibration)
+        lesson = Lesson(calibration, Teacher(model, calibration), trained, kept)
     report: dict[str, Quantised] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     hooks: list[Any] = []
@@ -216,11 +210,11 @@ def quantize(
                 kept.write(number, window, done)
         if repair is not None:
             adapter = _attach(model, pairs, name)
-            if teacher is not None:
+            if lesson is not None:
                 for hook in hooks:  # the adapter has their products now
                     hook.remove()
                 try:
-                    repair.distil(model, list(adapter.parameters()), calibration, teacher, trained)  # type: ignore[arg-type]
+                    repair.distil(model, list(adapter.parameters()), lesson)
                 except BaseException:
                     detach(model, name)
                     raise

@@ -3,15 +3,15 @@ et al. 2023, arXiv 2306.08162."""
 
 import math
 import zlib
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from rankfold.core.calibration import Calibration
-from rankfold.quantizers._distil import Teacher, Trained, distil
+from rankfold.quantizers._distil import Lesson, distil, optimizer_tensors, put_optimizer
 from rankfold.quantizers._quantizer import Compensation, nearest
 
 
@@ -50,19 +50,27 @@ class LREC(Compensation):
         nn.init.kaiming_uniform_(A, math.sqrt(5), generator=drawn)
         return E.new_zeros(E.shape[0], len(A)), A.to(E)
 
-    def distil(
-        self,
-        model: nn.Module,
-        parameters: Sequence[nn.Parameter],
-        batches: Sequence[Any],
-        teacher: Teacher,
-        trained: Trained,
-    ) -> None:
-        adamw = torch.optim.AdamW(parameters, weight_decay=0.0)
+    def distil(self, model: nn.Module, parameters: Sequence[nn.Parameter], lesson: Lesson) -> None:
+        distil(model, Products(parameters, self.lr), lesson, epochs=self.epochs, seed=self.seed)
 
-        def step(share: float) -> None:
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            adamw.param_groups[0]["lr"] = self.lr * share
-            adamw.step()
 
-        distil(model, parameters, batches, teacher, step=step, epochs=self.epochs, seed=self.seed, trained=trained)
+class Products:
+    """A and B of all layers, while they learn."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], lr: float):
+        self.parameters, self.lr = parameters, lr
+        self.adamw = torch.optim.AdamW(parameters, weight_decay=0.0)
+
+    def step(self, share: float) -> None:
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.adamw.param_groups[0]["lr"] = self.lr * share
+        self.adamw.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"factor.{i}": p for i, p in enumerate(self.parameters)} | optimizer_tensors(self.adamw, "adamw")
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters):
+                p.copy_(tensors[f"factor.{i}"])
+        put_optimizer(self.adamw, "adamw", tensors)

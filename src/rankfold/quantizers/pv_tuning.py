@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from rankfold.core.codebooks import CodebookLinear, Codebooks, decode, unpack
 from rankfold.errors import RankfoldError
-from rankfold.quantizers._distil import Teacher, Trained, distil
+from rankfold.quantizers._distil import Lesson, Teacher, Trained, distil, optimizer_tensors, put_optimizer
 from rankfold.quantizers._quantizer import Quantised, Quantizer, weight
+from rankfold.quantizers._work import Work
 
 
 class PVTuning(Quantizer):
@@ -52,21 +53,32 @@ class PVTuning(Quantizer):
         exchange: Callable[..., None],
         progress: Callable[[str], object],
         trained: Trained,
+        work: Work | None,
     ) -> dict[str, Quantised]:
         if batches is None:
             raise RankfoldError("pv-tuning trains on text: quantize(..., calibration=batches)")
-        teacher, made = Teacher(model, batches), {}
-        for path, layer in layers.items():
-            made[path] = CodebookLinear.of(layer, *self.start(weight(layer), scheme), scheme)
+        lesson, made = Lesson(batches, Teacher(model, batches), trained, work), {}
+        for number, (path, layer) in enumerate(layers.items()):
+            made[path] = CodebookLinear.of(layer, *self._begun(layer, scheme, work, f"start-{number:04}"), scheme)
             exchange(layer, made[path], None)
             progress(path)
-        self.tune(model, list(made.values()), batches, teacher, trained)
+        self.tune(model, list(made.values()), lesson)
         report = {}
         for path, layer in layers.items():
             W = weight(layer)
             error = float((W - made[path].dequantise(W.dtype)).norm()) / max(float(W.norm()), torch.finfo(W.dtype).tiny)
             report[path] = Quantised(scheme.per_number(*W.shape), error, None)
         return report
+
+    def _begun(self, layer: Any, scheme: Codebooks, work: Work | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """`start` of the layer's weight, or what was kept of it under that name."""
+        if work is None:
+            return self.start(weight(layer), scheme)
+        if (kept := work.read_tensors(name)) is None:
+            codes, books, scales = self.start(weight(layer), scheme)
+            kept = {"codes": codes, "books": books, "scales": scales}
+            work.write_tensors(name, kept)
+        return kept["codes"], kept["books"], kept["scales"]
 
     def start(self, W: Tensor, scheme: Codebooks) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (out, runs, M), tables and scales of W (out, in): the nearest that k-means finds."""
@@ -80,27 +92,33 @@ class PVTuning(Quantizer):
             books.append(table)
         return torch.stack(codes, -1).unflatten(0, (len(W), -1)), torch.stack(books), scales
 
-    def tune(
-        self,
-        model: nn.Module,
-        layers: Sequence[CodebookLinear],
-        batches: Sequence[Any],
-        teacher: Teacher,
-        trained: Trained,
-    ) -> None:
+    def tune(self, model: nn.Module, layers: Sequence[CodebookLinear], lesson: Lesson) -> None:
         """Train the layers, all in their places in the model."""
-        held = [Held(layer, self) for layer in layers]
-
-        def step(share: float) -> None:
-            for one in held:
-                one.step(share)
-
+        held = All([Held(layer, self) for layer in layers])
         try:
-            parameters = [one.W for one in held]
-            distil(model, parameters, batches, teacher, step=step, epochs=self.epochs, seed=self.seed, trained=trained)
+            distil(model, held, lesson, epochs=self.epochs, seed=self.seed)
         finally:
-            for one in held:
+            for one in held.layers:
                 one.let_go()
+
+
+class All:
+    """All layers while they are tuned."""
+
+    def __init__(self, layers: "Sequence[Held]"):
+        self.layers, self.parameters = layers, [one.W for one in layers]
+
+    def step(self, share: float) -> None:
+        for one in self.layers:
+            one.step(share)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{i}.{key}": tensor for i, one in enumerate(self.layers) for key, tensor in one.tensors().items()}
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        for i, one in enumerate(self.layers):
+            own = f"{i}."
+            one.put({key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)})
 
 
 class Held:
@@ -139,6 +157,19 @@ class Held:
                 self.codes = recoded(self.T, self.codes, self.books, self.scales, rule)
             self.W.copy_(self.decoded())
             self.T.lerp_(self.W, rule.delta_decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = {"codes": self.codes.int(), "books": self.books, "scales": self.scales, "T": self.T}
+        return own | optimizer_tensors(self.continuous, "continuous") | optimizer_tensors(self.discrete, "discrete")
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.codes = tensors["codes"].to(self.codes)
+            for name in ("books", "scales", "T"):
+                getattr(self, name).copy_(tensors[name])
+            self.W.copy_(self.decoded())
+        put_optimizer(self.continuous, "continuous", tensors)
+        put_optimizer(self.discrete, "discrete", tensors)
 
     def let_go(self) -> None:
         """The layer as it multiplies by itself, with what was learnt."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from rankfold.core.quantized import repack_again, without_repacking
 from rankfold.core.routing import find_state
 
 
@@ -15,18 +16,14 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     """The plain base, in eval mode, with nothing that requires a gradient; afterwards all as it was."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    # bitsandbytes repacks 4-bit weights for inference on some CPUs, where they then pass no gradient.
-    repacking = [module for module in model.modules() if module.__dict__.get("support_avx512bf16_for_cpu")]
+    repacking = without_repacking(model)
     state = find_state(model)
     with contextlib.nullcontext() if state is None else state.using(None):
         try:
-            for module in repacking:
-                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
             model.eval().requires_grad_(False)
             yield
         finally:
-            for module in repacking:
-                module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+            repack_again(repacking)
             for module, mode in modes:
                 module.training = mode
             for parameter, flag in flags:
