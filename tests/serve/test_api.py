@@ -389,6 +389,8 @@ def test_numbers(server: Served, client: openai.OpenAI) -> None:
     pages = [values[f'rankfold_pages{{of="{of}"}}'] for of in ("free", "tokens", "adapters")]
     assert sum(pages) == len(server.engine.pool)
     assert values["rankfold_adapter_reads_total"] >= 1
+    trained = [values[f"rankfold_trained_{of}_total"] for of in ("tokens", "beside_tokens")]
+    assert trained == [server.engine.counts["trained"], server.engine.counts["trained_beside"]]
     assert "lora4" not in text
 
 

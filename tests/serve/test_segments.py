@@ -80,6 +80,21 @@ def test_a_processor_loops_over_all_pieces_at_once(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(y[:6], expected[:6], rtol=1e-5, atol=2e-5)
 
 
+def test_threads_get_whole_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = pytest.importorskip("rankfold.serve.segments_cpu", exc_type=ImportError)
+    y, x, table, expected = batch()
+    assert table.components == sum(n * rank for n, rank in zip(ROWS[:3], RANKS[:3], strict=True))
+    seen, plain = list[list[int]](), loops.in_parts
+    monkeypatch.setattr(loops, "in_parts", lambda run, args, ends: seen.append(ends) or plain(run, args, ends))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    add_products(y.clone(), x, table)
+    monkeypatch.setattr(loops, "_SHARE", 500)
+    add_products(y, x, table)
+    ends = table.ends.tolist()
+    assert seen == [[0, ends[-1]], [0, ends[1], ends[-1]]]
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-5)
+
+
 def test_a_table_is_kept_while_segments_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     made = list[str]()
     monkeypatch.setattr(segments, "Table", type("Noted", (), {"of": staticmethod(lambda _, path: made.append(path))}))

@@ -58,6 +58,8 @@ class _Stats(Collector):
         for name, of, help_ in (
             ("steps", "steps", "Forwards of the model"),
             ("rows", "rows", "Tokens that went through the model"),
+            ("trained_tokens", "trained", "Tokens that fine-tuning jobs took"),
+            ("trained_beside_tokens", "trained_beside", "Those of them that went through the model with requests"),
             ("adapter_reads", "adapters_reads", "Adapters read from disk"),
             ("adapter_loads", "adapters_placed", "Adapters brought into the pool"),
             ("adapter_evictions", "adapters_evicted", "Adapters that left the pool"),

@@ -123,7 +123,7 @@ class Table:
     `pieces` (P, 6) int64: a segment's start and stop, a, b, k, and how many components of the segment come before.
     Those of a segment follow each other, `ends` (segments + 1,) says where, and no row is in two segments. The longest
     segment has so many `rows`, the one of the most components is so many of them wide, and `long` has the pieces of
-    segments of more than LONG rows.
+    segments of more than LONG rows. `components` are those of the other pieces, once for every row.
     """
 
     numbers: Tensor
@@ -132,6 +132,7 @@ class Table:
     rows: int
     width: int
     long: Sequence[Sequence[int]]
+    components: int
 
     @classmethod
     def of(cls, segments: Sequence[Segment], path: str) -> "Table | None":
@@ -149,7 +150,10 @@ class Table:
             return None
         numbers, long = segments[0].placed.numbers, [piece for piece in pieces if piece[1] - piece[0] > LONG]
         rows, device = max(piece[1] - piece[0] for piece in pieces), numbers.device
-        return cls(numbers, torch.tensor(pieces).to(device), torch.tensor(ends).to(device), rows, width, long)
+        components = sum((stop - start) * k for start, stop, _, _, k, _ in pieces if stop - start <= LONG)
+        return cls(
+            numbers, torch.tensor(pieces).to(device), torch.tensor(ends).to(device), rows, width, long, components
+        )
 
 
 def add_products(y: Tensor, x: Tensor, table: Table) -> None:

@@ -14,6 +14,7 @@ from rankfold.core.compiled import in_parts
 from rankfold.serve.segments import LONG, Table, add_each
 
 numba: Any = importlib.import_module("numba")
+_SHARE = 2**24  # numbers below which a second thread, which torch's own keep waiting while they spin, gains nothing
 _compiled: Any = functools.partial(numba.njit, cache=True, nogil=True, error_model="numpy", fastmath=True)
 
 
@@ -38,7 +39,7 @@ def _add(y: Any, x: Any, numbers: Any, pieces: Any, first: int, last: int) -> No
 def add_products(y: Tensor, x: Tensor, table: Table) -> None:
     """As `segments.add_products`; x and y are contiguous."""
     arguments, segments = (y.numpy(), x.numpy(), table.numbers.numpy(), table.pieces.numpy()), len(table.ends) - 1
-    parts = min(torch.get_num_threads(), segments)
+    parts = max(1, min(torch.get_num_threads(), segments, table.components * (x.shape[1] + y.shape[1]) // _SHARE))
     ends = [int(table.ends[segments * part // parts]) for part in range(parts + 1)]  # a row is one thread's alone
     in_parts(_add, arguments, ends)
     add_each(y, x, table.numbers, table.long)
