@@ -12,6 +12,7 @@ import math
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -101,7 +102,7 @@ def minilm(count: int) -> Subject:
     place = locate(MINILM, "MiniLM")
     tokenizer, first = AutoTokenizer.from_pretrained(place), AutoModel.from_pretrained(place).eval()
     state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
-    train, held = ([line for line in text.splitlines() if len(line) > 80] for text in texts()["wiki"])
+    train, held = (textwrap.wrap(text, 400) for text in texts()["wiki"])
 
     def encoded(lines: list[str]) -> dict[str, Tensor]:
         return dict(tokenizer(lines, return_tensors="pt", padding=True, truncation=True, max_length=128))
@@ -156,16 +157,17 @@ def size(model: Any, processor: Any) -> int:
         return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
 
 
-def tuned(model: Any, slug: str, batches: list[dict[str, Tensor]], steps: int) -> None:
-    adapter = rankfold.attach(model, rankfold.build(slug))
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4 if slug == "peqa" else 5e-4)
+def tuned(model: Any, method: Any, batches: list[dict[str, Tensor]], steps: int) -> None:
+    """Train such a delta, and merge it: the layers are packed, and stay or become so."""
+    adapter = rankfold.attach(model, method)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4 if method.slug == "peqa" else 1e-3)
     model.train()
     for step in range(steps):
         batch = batches[step % len(batches)]
         model(**batch, labels=batch["input_ids"]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.eval()
+    rankfold.merge(model.eval())
 
 
 def registered(kind: type[Any]) -> list[str]:
@@ -185,7 +187,7 @@ def main() -> None:
         seeds="0",
         blocks=32,
         held_out=16,
-        steps=20,
+        steps=240,
     )
     quiet_loading()
     hows = registered(Quantizer) if given.how == "all" else given.how.split(",")
@@ -216,8 +218,11 @@ def row(subject: Subject, scheme: Format, how: str, repair: str, tune: str, give
     for seed in seeds:
         model, batches = subject.fresh(), subject.blocks(seed, given.blocks)
         if tune != "none" and "packed" not in rankfold.build(tune).over:
-            tuned(model, tune, batches, given.steps)
-            found.append(subject.measure(model))
+            method: Any = rankfold.build(tune, bits=int(scheme.removeprefix("int")), group=given.group)
+            tuned(model, method, batches, given.steps)
+            (adapter,) = rankfold.adapters(model).values()
+            bits = statistics.fmean(method.scheme.bits(site.out, site.in_) for site in adapter.sites)
+            found.append({"bits": bits, **subject.measure(model), "MB": size(model, subject.processor) / 1e6})
             continue
         started, before = time.perf_counter(), time.process_time()
         report = quantize(
@@ -227,7 +232,7 @@ def row(subject: Subject, scheme: Format, how: str, repair: str, tune: str, give
         seconds, used = time.perf_counter() - started, time.process_time() - before
         if tune != "none":
             rankfold.detach(model) if mend is not None else None
-            tuned(model, tune, batches, given.steps)
+            tuned(model, rankfold.build(tune), batches, given.steps)
         one = {
             "bits": statistics.fmean(layer.bits for layer in report.values()),
             "seconds": seconds,

@@ -16,6 +16,7 @@ import rankfold
 from rankfold import DoRA, LoRA
 from rankfold.cli import generate_adapter
 from rankfold.compose.generator import load_generator
+from rankfold.compose.icm_lora import examples
 from rankfold.train.generators import GeneratorRecipe, train_generator
 from rankfold.train.recipe_file import read_recipe
 from tests.train.tiny import write_llama
@@ -221,6 +222,18 @@ def test_what_a_recipe_may_not_ask(base: Path, text: Path, tmp_path: Path) -> No
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "generators"
+
+
+def test_the_zoos_recipes_keep_the_adapters_that_it_reads() -> None:
+    zoo = read_recipe(EXAMPLES / "zoo.yaml", schema=GeneratorRecipe)
+    assert zoo.tasks is not None
+    for task, given in zoo.tasks.items():
+        recipe = read_recipe(EXAMPLES / "zoo" / f"{task}.yaml")
+        assert given.adapters == (f"runs/{task}",)
+        assert recipe.model == zoo.model
+        assert recipe.checkpoint.steps == 1
+        assert recipe.checkpoint.keep > 10
+        assert len(examples((EXAMPLES.parents[1] / given.examples).read_text())) >= 8
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
