@@ -4,7 +4,8 @@
 
 SmolLM2-135M, float32, adapters of `--ranks` in turn on `--targets`, prompts of 32 tokens, greedy.
 base: 32 requests of the base model, over a padded batch of `generate`.
-distinct: 32 requests of 32 adapters, over PEFT's `generate(adapter_names=...)` and over merging each adapter in turn.
+distinct: 32 requests of 32 adapters, over PEFT's `generate(adapter_names=...)` and over merging each adapter in turn;
+and what `generate` takes without adapters, the least that PEFT's could.
 many: requests of 2,000 adapters on disk by Zipf's law, over as many requests of one adapter. The names are links to
 64 files, so that the disk's own memory holds them all.
 cold: from a file to pages of the pool.
@@ -127,6 +128,10 @@ def distinct(model, folder: Path, given) -> list[dict]:
         made = peft_model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=names, **plain)
         other[:] = made[:, PROMPT:].tolist()
 
+    def without() -> None:
+        with peft_model.disable_adapter():
+            peft_model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **plain)
+
     def merged() -> None:
         for name, one in zip(names, ids, strict=True):
             rankfold.merge(merging, name)
@@ -134,7 +139,10 @@ def distinct(model, folder: Path, given) -> list[dict]:
             rankfold.unmerge(merging, name)
 
     samples = harness.interleaved(
-        {"engine": ours, "PEFT": peft, "merge in turn": merged}, given.rounds, 1, patience=given.patience
+        {"engine": ours, "PEFT": peft, "no adapters": without, "merge in turn": merged},
+        given.rounds,
+        1,
+        patience=given.patience,
     )
     engine.close()
     same = sum(a == b for a, b in zip(own, other, strict=True))
