@@ -16,7 +16,6 @@ from claims.tasks import TASKS, FromScratch
 from rankfold.serve import Engine
 from rankfold.serve.engine import Limits
 from rankfold.serve.guest import Window
-from rankfold.serve.slack import Slack
 from rankfold.serve.stack import Stack
 from rankfold.serve.training import BACKWARD
 from rankfold.serve.windows import Windowed
@@ -37,15 +36,6 @@ class Served:
 
 
 TASKS["served and trained"] = Served()
-
-
-class Clock(Slack):
-    """Takes the processor's time of a step: others who use the machine do not make it longer."""
-
-    began = 0.0
-
-    def observe(self, n: int, seconds: float) -> None:
-        super().observe(n, time.process_time() - self.began)
 
 
 class Training:
@@ -133,7 +123,7 @@ def went(seed: int, slices: tuple[int, bool] | None) -> dict[str, float]:
     written, asked, busy = list[list[float]](), list[Any](), 0
     limits = Limits(latency=LATENCY * u, step_tokens=256)
     with Engine(loaded.model, max_memory=1 << 28, limits=limits) as engine:
-        engine.slack, engine.slack_behind = (Clock(limits.latency, limits.step_tokens) for _ in range(2))
+        engine.clock = time.process_time  # others who use the machine do not make a step longer
         job: Any = Training(loaded, engine, seed)
         if slices is None:
             engine.train(job)
@@ -144,7 +134,6 @@ def went(seed: int, slices: tuple[int, bool] | None) -> dict[str, float]:
                 note = lambda _, token, times=times: times.append(time.process_time() - began)  # noqa: E731
                 asked.append(engine.submit(prompt, None, ANSWER, listener=note))
                 written.append(times)
-            Clock.began = time.process_time()
             inferred = engine.step()
             if slices is not None:
                 every, idle = slices

@@ -82,6 +82,21 @@ def test_latencies_that_fall_with_the_tokens_are_noise() -> None:
     assert slack.room(4) == 60
 
 
+def test_what_comes_after_the_inference_has_the_time_that_it_left() -> None:
+    slack = shown(Slack(slo=0.050, most=96), [1, 8, 64, 128])
+    assert [slack.room(16, spent=spent) for spent in (0.0, 0.024, 0.030, 0.039, 0.041, 0.060)] == [80, 80, 50, 5, 0, 0]
+
+
+def test_room_is_left_for_what_steps_differ_by() -> None:
+    slack = Slack(slo=0.050, most=512)
+    for i in range(100):
+        for n in (1, 8, 64, 128):
+            slack.observe(n, A + B * n + (0.002 if i % 2 else -0.002))
+    assert slack.line == pytest.approx((A, B))
+    assert slack.spread == pytest.approx(0.002)
+    assert slack.room(0) == 180  # 0.050 - 2 x 0.002 s
+
+
 def test_what_had_no_room_for_long_is_tried_again() -> None:
     slack = Slack(slo=0.050, most=512, keep=4)
     assert slack.room(8, untried=30) == 30

@@ -114,7 +114,8 @@ class Engine:
         self.counts = dict.fromkeys(kinds, 0)
         self.per_request = 1.0  # seconds that one takes, of late
         self._overloaded = float("-inf")  # when a request was last refused for coming too late
-        # Of steps with one forward, and of those with training behind it.
+        self.clock = time.perf_counter  # what a step takes is counted by
+        # Of a step's forward, and of the training behind it.
         self.slack, self.slack_behind = (Slack(limits.latency, limits.step_tokens) for _ in range(2))
         self.jobs: list[Job] = []
 
@@ -245,12 +246,7 @@ class Engine:
             self._run_errands()
             self._drop_cancelled()
             self._admit()
-            batch, began = self._batch(), time.perf_counter()
-            rows = sum(n for _, n in batch)
-            beside, behind = self._work_off(batch, rows)
-            if rows + beside + behind:
-                slack = self.slack_behind if behind else self.slack
-                slack.observe(rows + beside + behind, time.perf_counter() - began)
+            if self._work_off(self._batch()):
                 return True
             with self._mutex:
                 waits = bool(self._waiting)
@@ -262,22 +258,27 @@ class Engine:
         """Train a job beside the requests, in the time that they leave of each step (FlexLLM, arXiv 2402.18789)."""
         return self.between(lambda: self.jobs.append(job))
 
-    def _work_off(self, batch: list[tuple[Request, int]], rows: int) -> tuple[int, int]:
-        """A step of so many rows, and of the first job that can go on; returns its tokens that went beside and behind.
+    def _work_off(self, batch: list[tuple[Request, int]]) -> int:
+        """A step of these requests' next tokens, and of the first job that can go on; returns how many tokens it had.
 
         A step has no more than one forward but for training that has to go by itself.
         """
+        rows, began = sum(n for _, n in batch), self.clock()
         job = next((job for job in self.jobs if not job.ended and job.ready), None)
         room = self.slack.room(rows) if job is not None and batch else 0
         window = job.window(room) if job is not None and room else None
         beside = self._advance(batch, window) if batch else 0
-        behind = 0
+        behind, inferred = 0, self.clock()
+        if batch:
+            self.slack.observe(rows + beside, inferred - began)
         if job is not None and window is None and (room or not batch):
-            room = self.slack_behind.room(rows, untried=room)
+            room = self.slack_behind.room(rows, room, inferred - began)
             behind = job.advance(room) if room else 0
+            if behind:
+                self.slack_behind.observe(behind, self.clock() - inferred)
         self.counts["trained"] += beside + behind
         self.counts["trained_beside"] += beside
-        return beside, behind
+        return rows + beside + behind
 
     def start(self) -> "Engine":
         """Step in a thread of its own, until `close`."""

@@ -9,8 +9,10 @@ class Slack:
 
     `latency(n) = a + b n` goes through the last `keep` steps by medians, so that one that had to wait for something
     else moves it little: steps are put together by size (within powers of two), each size has the medians of its
-    steps, b is the median of the slopes between two sizes and a that of what is left. A step has at most twice the
-    tokens of the largest of them.
+    steps, b is the median of the slopes between two sizes and a that of what is left. Steps of one size differ by what
+    their tokens are (of prompts, of answers, on their way back), so room is left for twice the median of
+    |latency - line|: of normally distributed steps one in eleven takes longer. A step has at most twice the tokens of
+    the largest of them.
 
     The paper has the latencies profiled before, for every number of tokens; here they are those of the running server.
     """
@@ -46,24 +48,32 @@ class Slack:
         a, b = self.line
         return a + b * n
 
-    def room(self, n_inf: int, untried: int = 0) -> int:
+    @property
+    def spread(self) -> float:
+        """Seconds by which steps usually miss the line."""
+        return median(abs(seconds - self.latency(n)) for n, seconds in self._seen)
+
+    def room(self, n_inf: int, untried: int = 0, spent: float | None = None) -> int:
         """n_ft for a step with n_inf tokens of inference; 0 where they alone take the latency up.
 
         Where there is no inference it is at least 1: no one waits for that step, and it shows the latency anew. It is
-        `untried` where no step was seen, and again after it was 0 for `keep` times: steps may have become faster.
+        `untried` where no step was seen, and again after it was 0 for `keep` times: steps may have become faster. Tokens
+        that come after the inference have what is left of its seconds, `spent`, and what is observed is their time.
         """
         least = 1 if n_inf == 0 else 0
         if not self._seen:
             return max(least, untried)
-        found = max(least, self._fitting() - n_inf)
+        fits = self._fitting(self.slo) - n_inf if spent is None else self._fitting(self.slo - spent)
+        found = max(least, min(fits, self.most - n_inf))
         self._none = 0 if found else self._none + 1
         if self._none == self._seen.maxlen:
             self._seen.clear()
             self._none = 0
         return found
 
-    def _fitting(self) -> int:
+    def _fitting(self, seconds: float) -> int:
         largest = max(n for n, _ in self._seen)
         a, b = self.line
-        fits = int((self.slo - a) / b + 1e-9) if b > 0 else self.most if a <= self.slo else 0
+        left = seconds - a - 2 * self.spread
+        fits = int(left / b + 1e-9) if b > 0 else self.most if left >= 0 else 0
         return min(fits, self.most, 2 * largest)
