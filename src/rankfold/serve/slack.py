@@ -57,7 +57,7 @@ class Slack:
         """n_ft for a step with n_inf tokens of inference; 0 where they alone take the latency up.
 
         Where there is no inference it is at least 1: no one waits for that step, and it shows the latency anew. It is
-        `untried` where no step was seen, and again after it was 0 for `keep` times: steps may have become faster. Tokens
+        `untried` where none was seen, and again after it was 0 for `keep` times: steps may have become faster. Tokens
         that come after the inference have what is left of its seconds, `spent`, and what is observed is their time.
         """
         least = 1 if n_inf == 0 else 0
