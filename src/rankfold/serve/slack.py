@@ -58,7 +58,7 @@ class Slack:
 
         Where there is no inference it is at least 1: no one waits for that step, and it shows the latency anew. It is
         `untried` where none was seen, and again after it was 0 for `keep` times: steps may have become faster. Tokens
-        that come after the inference have what is left of its seconds, `spent`, and what is observed is their time.
+        that come after the inference have what it has left of the SLO in `spent` seconds; their time alone is observed.
         """
         least = 1 if n_inf == 0 else 0
         if not self._seen:
